@@ -1,0 +1,220 @@
+// A shard: one device's sequences, their memory and their work. The core of the service, without gRPC.
+//
+// RPC handlers parse, validate against limits, call a Shard, encode. All methods are thread-safe and none
+// blocks on device work: what takes long runs on the shard's executors and answers by callback (on an
+// executor thread; callbacks must not block). Deadlines and cancellation are checked when work is queued
+// and again when it starts.
+//
+// Life of a sequence: OPEN -> FILLING -> CLUSTERING -> READY <-> APPENDING -> RELEASED (architecture).
+// Layers become ready one by one: clustering of a layer runs on the build executor while later layers
+// arrive. Per (sequence, layer), builds and selects are serialised in the order of their calls, so that
+// a select after an acknowledged append sees that append.
+//
+// Every error is made by Error() (proto/error.h).
+#ifndef CLUSTERKV_CACHE_SERVICE_SHARD_H_
+#define CLUSTERKV_CACHE_SERVICE_SHARD_H_
+
+#include <cstdint>
+#include <functional>
+#include <memory>
+#include <optional>
+#include <string>
+#include <string_view>
+#include <vector>
+
+#include "absl/status/status.h"
+#include "absl/status/statusor.h"
+#include "absl/time/time.h"
+#include "absl/types/span.h"
+#include "cache_service/arena.h"
+#include "clusterkv/v1/cache_service.pb.h"
+#include "kernels/hot_cache/hot_cache.h"
+#include "kernels/index/index.h"
+#include "kernels/select/select.h"
+#include "proto/error.h"
+
+namespace clusterkv::cache_service {
+
+struct ShardOptions {
+  int64_t arena_bytes = int64_t{1} << 30;
+  int64_t page_bytes = 32 << 10;
+  int build_threads = 1;
+  int select_threads = 1;
+  int64_t max_sequences = 4096;
+  int64_t max_attachments = 1024;
+  int64_t max_sequence_tokens = 4 << 20;
+  int64_t residency_bytes = 64 << 20;
+  int64_t max_queued_selects = 4096;
+  absl::Duration session_ttl = absl::Seconds(30);
+  absl::Duration attachment_ttl = absl::Minutes(5);
+  bool verify_recalls = false;
+};
+
+// How the calls of one RPC end early. Copyable; is_cancelled is asked from executor threads.
+struct CallContext {
+  absl::Time deadline = absl::InfiniteFuture();
+  std::function<bool()> is_cancelled;  // may be null
+};
+
+// Everything a sequence is built and answered by, a preset resolved: no "as the preset" left.
+struct SequenceParams {
+  std::string preset;
+  kernels::KvShape shape;
+  int64_t layers = 0;
+  int64_t prompt_tokens = 0;
+  int64_t max_decode_tokens = 0;
+  int64_t sink_tokens = 16;
+  int64_t window_tokens = 320;   // 0: decoded tokens are never clustered
+  int64_t window_clusters = 0;   // 0: window_tokens / tokens_per_cluster
+  v1::Metric metric = v1::METRIC_BALANCED;  // RAW or BALANCED (balanced only where query_rms came)
+  bool metric_required = false;  // BALANCED was asked for by name: a layer without query_rms is an error
+  kernels::IndexParams index;
+  // As asked; SelectParamsFor turns it into kernel parameters.
+  kernels::SelectMode mode = kernels::SelectMode::kSharedPerKvHead;
+  int64_t budget_tokens = 64, coded_tokens = 2048, refine_factor = 0;
+  float estimated_fraction = 0.25f;
+  const kernels::RecordCodec* codec = nullptr;
+};
+
+// The three presets, to the letter (presets.cc), with what the request sets differently.
+// Errors: INVALID_FIELD, BUDGET_ZERO, UNSUPPORTED, naming the field.
+absl::StatusOr<SequenceParams> ResolveParams(const v1::OpenSequenceRequest& request);
+// `params` with what `config` sets differently. Errors: as above.
+absl::StatusOr<SequenceParams> WithSelectConfig(SequenceParams params, const v1::SelectConfig& config);
+// Kernel parameters: scored tokens = max(coded_tokens, budget - sinks), or refine_factor * (budget -
+// sinks), or 0; all bounded by nothing but the context.
+kernels::SelectParams SelectParamsFor(const SequenceParams& params);
+
+struct KvChunkView {
+  int64_t layer = 0, first_token = 0, tokens = 0;
+  std::string_view keys, values;  // [tokens, kv_heads, head_dim]
+  uint64_t checksum = 0;          // 0: not checked
+};
+
+// One layer of one sequence, its queries already float.
+struct SelectCall {
+  v1::SequenceHandle sequence;      // unless attachment_id is set
+  uint64_t attachment_id = 0;
+  int64_t layer = 0;
+  std::vector<float> queries;       // [query_heads, head_dim]
+  v1::SelectConfig select;          // what differs
+  // SelectAndRecall only:
+  bool recall = false;
+  uint64_t step = 0;
+  bool reset_residency = false;
+};
+
+// The records that a head's selection needs and the worker lacks: pinned, not copied.
+struct HeadRecall {
+  std::vector<int32_t> positions;        // misses, ascending
+  std::vector<const std::byte*> records; // [positions], each record_bytes; valid while the call's pins live
+};
+
+struct SelectAnswer {
+  absl::Status status;
+  uint64_t generation = 0;
+  int64_t layer = 0;
+  int64_t window_begin = 0;
+  std::vector<kernels::HeadSelection> heads;  // [kv_heads]
+  std::vector<int64_t> estimated_tokens;      // [kv_heads]
+  bool cluster_granular = false;              // the attachment's cache is by cluster: name the clusters
+  int64_t record_bytes = 0;
+  std::vector<HeadRecall> recalls;            // [kv_heads]; empty unless recall was asked for
+  int64_t hits = 0, misses = 0;
+  std::shared_ptr<void> pins;                 // keeps the parts' pages while records are read
+};
+
+struct SelectBatchAnswer {
+  std::vector<SelectAnswer> items;
+  absl::Duration queued, worked;
+};
+
+class Shard {
+ public:
+  // Errors: InvalidArgument, ResourceExhausted as Arena::Create.
+  static absl::StatusOr<std::unique_ptr<Shard>> Create(const ShardOptions& options);
+  // Waits for running work; queued work is answered CANCELLED.
+  virtual ~Shard() = default;
+
+  virtual uint64_t boot_id() const = 0;
+  virtual const ShardOptions& options() const = 0;
+  virtual int64_t page_bytes() const = 0;
+
+  // --- sequences
+  virtual absl::StatusOr<v1::Sequence> OpenSequence(const v1::OpenSequenceRequest& request) = 0;
+  // Copies the chunk into the arena; starts the layer's clustering when it was the last.
+  virtual absl::Status PutChunk(const v1::SequenceHandle& sequence, const KvChunkView& chunk) = 0;
+  // query_rms [kv_heads, head_dim].
+  virtual absl::Status PutStatistics(const v1::SequenceHandle& sequence, int64_t layer,
+                                     absl::Span<const float> query_rms) = 0;
+  virtual std::vector<uint32_t> CompleteLayers(const v1::SequenceHandle& sequence) = 0;
+  // Answers when every layer is ready, or with CHUNKS_MISSING at once.
+  virtual void Seal(const v1::SequenceHandle& sequence, const CallContext& context,
+                    std::function<void(absl::StatusOr<v1::Sequence>)> done) = 0;
+  virtual absl::StatusOr<v1::Sequence> GetSequence(const v1::SequenceHandle& sequence) = 0;
+  // Names after `after` with `prefix`, in order, at most `limit`.
+  virtual std::vector<v1::Sequence> ListSequences(std::string_view prefix, std::string_view after,
+                                                  int64_t limit) = 0;
+  virtual absl::StatusOr<v1::Sequence> Fork(const v1::ForkSequenceRequest& request) = 0;
+  virtual absl::Status Release(const v1::SequenceHandle& sequence) = 0;
+  virtual absl::Status Evict(const v1::SequenceHandle& sequence, bool force) = 0;
+  // Validates everything before it writes anything. Answers once the tokens are in and, where a window
+  // is full, its clustering is queued before any later select of the layer.
+  virtual absl::StatusOr<v1::AppendKvResponse> Append(const v1::AppendKvRequest& request) = 0;
+
+  // --- decode
+  virtual absl::StatusOr<v1::AttachResponse> Attach(const v1::AttachRequest& request) = 0;
+  virtual absl::Status Detach(uint64_t attachment_id) = 0;
+  // All items on the select executor, as one piece of work per (item, KV head). With `inline_ok` and an
+  // idle executor the calling thread may do it itself. `done` is called exactly once.
+  virtual void Select(std::vector<SelectCall> items, const CallContext& context, bool inline_ok,
+                      std::function<void(SelectBatchAnswer)> done) = 0;
+  // Records by token or cluster: validated first, then pinned.
+  struct Recalled {
+    int64_t kv_head = 0;
+    std::vector<int32_t> positions;
+    std::vector<const std::byte*> records;
+  };
+  struct RecallAnswer {
+    int64_t record_bytes = 0;
+    std::vector<Recalled> heads;
+    std::shared_ptr<void> pins;
+  };
+  virtual absl::StatusOr<RecallAnswer> Recall(const v1::RecallClustersRequest& request) = 0;
+  // Sinks and window of one layer, as they came: per KV head K and V of [positions], copied.
+  struct SteadyZone {
+    std::vector<int32_t> positions;
+    std::vector<std::string> heads;  // [kv_heads] of [positions, 2, head_dim]
+  };
+  virtual absl::StatusOr<SteadyZone> GetSteadyZone(const v1::SequenceHandle& sequence,
+                                                   int64_t layer) = 0;
+  // One KV head's index, part by part, in the shape of the API.
+  virtual absl::StatusOr<std::vector<v1::IndexChunk>> GetIndex(const v1::GetIndexRequest& request) = 0;
+
+  // --- sessions
+  struct SessionEvents {
+    std::function<void(const v1::SessionResponse::Notice&)> notice;  // any thread; must not block
+    std::function<void()> expired;
+  };
+  // resume_id 0: a new one. Returns its id; *resumed says which.
+  virtual absl::StatusOr<uint64_t> OpenSession(std::string_view worker, uint64_t resume_id,
+                                               SessionEvents events, bool* resumed) = 0;
+  virtual absl::Status Heartbeat(uint64_t session_id) = 0;
+  // The stream broke: the session may be resumed within the ttl. `now`: it ends at once.
+  virtual void CloseSession(uint64_t session_id, bool now) = 0;
+
+  // --- operation
+  // No new sequences, attachments or sessions from here on; sessions are told.
+  virtual void StartDrain() = 0;
+  virtual bool draining() const = 0;
+  // Nothing queued or running any more.
+  virtual bool Idle() const = 0;
+  virtual v1::Stats GetStats() = 0;
+  virtual v1::VerifyLedgerResponse VerifyLedger(bool checksums) = 0;
+  // Counts an error that left through an RPC, for stats and metrics.
+  virtual void CountError(v1::ErrorReason reason) = 0;
+};
+
+}  // namespace clusterkv::cache_service
+
+#endif  // CLUSTERKV_CACHE_SERVICE_SHARD_H_

@@ -1,0 +1,77 @@
+// A decode worker's use of one sequence: attach, and per step and layer the attention output.
+//
+// Step selects and recalls over one stream, keeps the hot cache, and merges exact attention over sinks,
+// window and recalled tokens with the service's state. Not thread-safe.
+#ifndef CLUSTERKV_WORKER_DECODE_SESSION_H_
+#define CLUSTERKV_WORKER_DECODE_SESSION_H_
+
+#include <cstdint>
+#include <memory>
+#include <vector>
+
+#include "absl/status/status.h"
+#include "absl/status/statusor.h"
+#include "absl/types/span.h"
+#include "worker/client.h"
+
+namespace clusterkv::worker {
+
+struct DecodeOptions {
+  v1::HotCacheConfig hot_cache;          // capacity_tokens: 1,024 by habit
+  v1::SelectConfig select;               // what differs from the sequence's
+  v1::ElementType state_type = v1::ELEMENT_TYPE_FLOAT16;
+  bool append_to_service = true;         // AppendKv of decoded tokens; false: the window stays here alone
+  bool digests = false;                  // keep digests of selections, states and recalled bytes
+};
+
+// What one Step of one layer did, summed over its KV heads.
+struct StepFigures {
+  int64_t exact_tokens = 0;      // named by the selection, sinks and window left out
+  int64_t recalled_tokens = 0;   // records received
+  int64_t recalled_bytes = 0;
+  int64_t state_bytes = 0;       // output and log-sum-exp as received
+  int64_t hits = 0;
+  double select_us = 0;          // request sent until the selection was here
+  double recall_us = 0;          // from then until the last record was here
+};
+
+struct LayerDigests {
+  uint64_t selection = 0, state = 0, recalled = 0;  // running XXH3 over all steps
+};
+
+class DecodeSession {
+ public:
+  // Attaches and fetches the steady zone. The sequence must be READY. `client` outlives the session.
+  static absl::StatusOr<std::unique_ptr<DecodeSession>> Attach(Client* client,
+                                                               const v1::SequenceHandle& sequence,
+                                                               const DecodeOptions& options);
+  ~DecodeSession();  // detaches, best effort
+
+  const v1::Sequence& sequence() const;
+
+  // The decoded token's own K and V of a layer [kv_heads, head_dim], before the Step that attends to it.
+  absl::Status Append(int64_t layer, absl::Span<const std::byte> key, absl::Span<const std::byte> value);
+  // output [query_heads, head_dim] = attention of queries [query_heads, head_dim] of the sequence's
+  // element type over all tokens. figures may be null.
+  // Errors: as the service's. After RESIDENCY_STALE or a broken stream it resets the layer's residency
+  // and tries once more; after a restart of the server it answers FailedPrecondition STALE_BOOT_ID:
+  // the sequence is gone and must be prefilled again.
+  absl::Status Step(int64_t layer, absl::Span<const std::byte> queries, absl::Span<float> output,
+                    StepFigures* figures);
+
+  // The exact tokens of the layer's last Step: positions per KV head (sinks and window left out).
+  const std::vector<std::vector<int32_t>>& last_positions(int64_t layer) const;
+  const std::vector<std::vector<uint32_t>>& last_head_masks(int64_t layer) const;
+  LayerDigests digests(int64_t layer) const;
+  // Bytes of KV that this worker holds: sinks, window, hot-cache slots.
+  int64_t held_bytes() const;
+
+ private:
+  struct Impl;
+  explicit DecodeSession(std::unique_ptr<Impl> impl);
+  std::unique_ptr<Impl> impl_;
+};
+
+}  // namespace clusterkv::worker
+
+#endif  // CLUSTERKV_WORKER_DECODE_SESSION_H_
