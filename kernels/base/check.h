@@ -1,5 +1,5 @@
-// CKV_CHECK(condition) << "message": ends the process when a programmer's promise is broken, in every
-// build. Bad input from outside is never a CHECK; it is an absl::Status.
+// CKV_CHECK(condition) << "message": ends the process when a programmer's promise is broken, in
+// every build. Bad input from outside is never a CHECK; it is an absl::Status.
 #ifndef CLUSTERKV_KERNELS_BASE_CHECK_H_
 #define CLUSTERKV_KERNELS_BASE_CHECK_H_
 
@@ -30,8 +30,8 @@ struct CheckVoidify {
 
 }  // namespace clusterkv::internal
 
-#define CKV_CHECK(condition)                      \
-  (condition) ? (void)0                           \
+#define CKV_CHECK(condition)                            \
+  (condition) ? (void)0                                 \
               : ::clusterkv::internal::CheckVoidify() & \
                     ::clusterkv::internal::CheckFailure(__FILE__, __LINE__, #condition).stream()
 

@@ -1,7 +1,7 @@
 // The element types of keys, values and queries, and their conversion to and from float.
 //
-// Conversions are exact upwards; downwards they round to nearest even. NaN stays NaN. All functions are
-// thread-safe and free of state.
+// Conversions are exact upwards; downwards they round to nearest even. NaN stays NaN. All functions
+// are thread-safe and free of state.
 #ifndef CLUSTERKV_KERNELS_BASE_ELEMENT_TYPE_H_
 #define CLUSTERKV_KERNELS_BASE_ELEMENT_TYPE_H_
 
@@ -33,8 +33,8 @@ void StoreElement(float value, std::byte* element, ElementType type);
 void ToFloat(const std::byte* from, ElementType type, int64_t count, float* to);
 // Converts `count` floats to `type`, rounding to nearest even. SIMD.
 void FromFloat(const float* from, ElementType type, int64_t count, std::byte* to);
-// True if none of `count` elements is NaN or infinite. SIMD. On false, *first_bad (may be null) is the
-// index of the first such element.
+// True if none of `count` elements is NaN or infinite. SIMD. On false, *first_bad (may be null) is
+// the index of the first such element.
 bool AllFinite(const std::byte* from, ElementType type, int64_t count, int64_t* first_bad);
 
 }  // namespace clusterkv::kernels

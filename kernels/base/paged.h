@@ -1,9 +1,9 @@
 // Arrays that lie in pages of an arena: the one addressing of everything the service stores.
 //
 // Element i lies at base + pages[i / elements_per_page] * page_bytes + (i % elements_per_page) *
-// element_bytes. Elements never straddle pages; a page's tail that holds no whole element is unused.
-// A view owns nothing: arena and page list must outlive it. Views are values, safe to share between
-// threads as long as nobody writes.
+// element_bytes. Elements never straddle pages; a page's tail that holds no whole element is
+// unused. A view owns nothing: arena and page list must outlive it. Views are values, safe to share
+// between threads as long as nobody writes.
 #ifndef CLUSTERKV_KERNELS_BASE_PAGED_H_
 #define CLUSTERKV_KERNELS_BASE_PAGED_H_
 
@@ -22,8 +22,8 @@ struct BasicPagedView {
   const uint32_t* pages = nullptr;  // [ceil(size / elements_per_page)] page numbers in the arena
   int64_t page_bytes = 0;
   int64_t element_bytes = 0;
-  int64_t elements_per_page = 0;    // page_bytes / element_bytes, at least 1
-  int64_t size = 0;                 // elements
+  int64_t elements_per_page = 0;  // page_bytes / element_bytes, at least 1
+  int64_t size = 0;               // elements
 
   Byte* At(int64_t index) const {
     const int64_t page = index / elements_per_page;

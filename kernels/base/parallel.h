@@ -8,8 +8,9 @@
 
 namespace clusterkv::kernels {
 
-// Calls task(i) once for every i in [0, count), in any order, on any threads, and returns when all are
-// done. Kernels give the same bits for every implementation: no result depends on which thread ran what.
+// Calls task(i) once for every i in [0, count), in any order, on any threads, and returns when all
+// are done. Kernels give the same bits for every implementation: no result depends on which thread
+// ran what.
 using ParallelFor =
     absl::FunctionRef<void(int64_t count, absl::FunctionRef<void(int64_t index)> task)>;
 
