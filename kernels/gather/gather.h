@@ -12,8 +12,8 @@
 namespace clusterkv::kernels {
 
 // packed [indices.size(), records.element_bytes] out: record indices[i] of `records`, bit for bit.
-// Errors: OutOfRange naming the first index outside [0, records.size); InvalidArgument when packed's
-// length differs. Nothing is written then.
+// Errors: OutOfRange naming the first index outside [0, records.size); InvalidArgument when
+// packed's length differs. Nothing is written then.
 absl::Status GatherRecords(const PagedView& records, absl::Span<const int64_t> indices,
                            absl::Span<std::byte> packed);
 absl::Status GatherRecordsReference(const PagedView& records, absl::Span<const int64_t> indices,
