@@ -1,8 +1,10 @@
-// Record codecs: how one token's K and V of one KV head lie in memory and travel to a decode worker.
+// Record codecs: how one token's K and V of one KV head lie in memory and travel to a decode
+// worker.
 //
 // Arena, recall, hot cache and attention know a record by its codec alone: its size and how it is
-// decoded. Selection and attention state never see a codec: they are built from the keys and values as
-// they came. A new codec is a file of its own and one line in record_codec_registry.cc (see README.md).
+// decoded. Selection and attention state never see a codec: they are built from the keys and values
+// as they came. A new codec is a file of its own and one line in record_codec_registry.cc (see
+// README.md).
 //
 // Codecs are stateless, immortal and thread-safe.
 #ifndef CLUSTERKV_KERNELS_CODEC_RECORD_CODEC_H_
@@ -27,14 +29,15 @@ class RecordCodec {
   // Bytes of one record; the same for every token. At most 4,096 for head_dim <= 512.
   virtual int64_t RecordBytes(ElementType type, int64_t head_dim) const = 0;
 
-  // Encodes `count` tokens. Token i's key is at keys + i * key_stride_bytes, [head_dim] of `type`, its
-  // value likewise; its record goes to records + i * RecordBytes(). Host memory. Inputs are finite.
+  // Encodes `count` tokens. Token i's key is at keys + i * key_stride_bytes, [head_dim] of `type`,
+  // its value likewise; its record goes to records + i * RecordBytes(). Host memory. Inputs are
+  // finite.
   virtual void Encode(const std::byte* keys, int64_t key_stride_bytes, const std::byte* values,
                       int64_t value_stride_bytes, ElementType type, int64_t head_dim, int64_t count,
                       std::byte* records) const = 0;
 
-  // Decodes the record to key [head_dim] and value [head_dim] as float. `type` is the element type that
-  // was encoded.
+  // Decodes the record to key [head_dim] and value [head_dim] as float. `type` is the element type
+  // that was encoded.
   virtual void Decode(const std::byte* record, ElementType type, int64_t head_dim, float* key,
                       float* value) const = 0;
 };
