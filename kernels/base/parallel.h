@@ -10,7 +10,7 @@ namespace clusterkv::kernels {
 
 // Calls task(i) once for every i in [0, count), in any order, on any threads, and returns when all
 // are done. Kernels give the same bits for every implementation: no result depends on which thread
-// ran what.
+// ran what. A task may call the same ParallelFor again.
 using ParallelFor =
     absl::FunctionRef<void(int64_t count, absl::FunctionRef<void(int64_t index)> task)>;
 

@@ -4,17 +4,19 @@
 #include <cblas.h>
 #include <unistd.h>
 
+#include <algorithm>
 #include <cstdint>
 #include <cstdlib>
 #include <random>
 #include <string>
 #include <vector>
 
+#include "absl/functional/function_ref.h"
 #include "absl/types/span.h"
 #include "kernels/base/check.h"
+#include "kernels/base/thread_pool.h"
 #include "kernels/kmeans/kmeans.h"
 #include "tests/bench/bench.h"
-#include "tests/support/test_threads.h"
 
 namespace clusterkv {
 namespace {
@@ -33,7 +35,11 @@ void CompareAssign(bench::Report& report, int64_t rows, int64_t dim, int64_t clu
   const std::vector<float> centroids = Normal(clusters * dim, 2);
   std::vector<int32_t> labels(rows);
   std::vector<float> product(rows * clusters);
-  const testing::TestThreads parallel_for(threads);
+  auto helpers = kernels::ThreadPool::Create(std::max(1, threads - 1), "bench");
+  CKV_CHECK(helpers.ok()) << helpers.status();
+  const auto parallel_for = [&](int64_t count, absl::FunctionRef<void(int64_t)> task) {
+    threads == 1 ? kernels::SerialFor(count, task) : (*helpers)->For(count, task);
+  };
   openblas_set_num_threads(threads);
   const auto ours = [&] {
     CKV_CHECK(kernels::AssignRows(rows, dim, clusters, keys, centroids, absl::MakeSpan(labels),
