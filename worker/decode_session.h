@@ -7,6 +7,7 @@
 
 #include <cstdint>
 #include <memory>
+#include <string>
 #include <vector>
 
 #include "absl/status/status.h"
@@ -22,6 +23,7 @@ struct DecodeOptions {
   v1::ElementType state_type = v1::ELEMENT_TYPE_FLOAT16;
   bool append_to_service = true;         // AppendKv of decoded tokens; false: the window stays here alone
   bool digests = false;                  // keep digests of selections, states and recalled bytes
+  std::vector<v1::Link> links;           // that this worker can use, best first; empty: GRPC
 };
 
 // What one Step of one layer did, summed over its KV heads.
@@ -48,6 +50,9 @@ class DecodeSession {
   ~DecodeSession();  // detaches, best effort
 
   const v1::Sequence& sequence() const;
+  // The link that Attach chose, and why not a better one (empty: it is the best asked for).
+  v1::Link link() const;
+  const std::string& link_reason() const;
 
   // The decoded token's own K and V of a layer [kv_heads, head_dim], before the Step that attends to it.
   absl::Status Append(int64_t layer, absl::Span<const std::byte> key, absl::Span<const std::byte> value);
@@ -62,6 +67,8 @@ class DecodeSession {
   // The exact tokens of the layer's last Step: positions per KV head (sinks and window left out).
   const std::vector<std::vector<int32_t>>& last_positions(int64_t layer) const;
   const std::vector<std::vector<uint32_t>>& last_head_masks(int64_t layer) const;
+  // Tokens from here on were attended to as the window in the layer's last Step.
+  int64_t window_begin(int64_t layer) const;
   LayerDigests digests(int64_t layer) const;
   // Bytes of KV that this worker holds: sinks, window, hot-cache slots.
   int64_t held_bytes() const;
