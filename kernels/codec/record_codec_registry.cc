@@ -3,6 +3,7 @@
 // One line per codec: the name of the function, in its own file, that returns it. "raw" first.
 #define CLUSTERKV_RECORD_CODECS(CODEC) \
   CODEC(RawCodec)                      \
+  CODEC(K8V4Codec)                     \
   /* end */
 
 namespace clusterkv::kernels {
