@@ -30,7 +30,7 @@ using DF = hn::ScalableTag<float>;
 using DI = hn::RebindToSigned<DF>;
 using VF = hn::Vec<DF>;
 using VI = hn::Vec<DI>;
-constexpr int64_t kLanes = HWY_MAX_BYTES / sizeof(float);
+constexpr int64_t kLanes = HWY_LANES(float);
 
 // A tile is kTileRows rows by up to kTileVectors vectors of centroids: 24 accumulators where there
 // are 32 registers, 12 where there are 16.

@@ -9,6 +9,7 @@
 #include <cstdlib>
 #include <random>
 #include <string>
+#include <string_view>
 #include <vector>
 
 #include "absl/functional/function_ref.h"
@@ -61,7 +62,9 @@ void CompareAssign(bench::Report& report, int64_t rows, int64_t dim, int64_t clu
 // its best. It reads the variable when it is loaded, so this starts the program anew, once.
 void PreferAvx512Kernels(char** argv) {
 #if defined(__x86_64__)
-  if (!__builtin_cpu_supports("avx512f") || std::getenv("OPENBLAS_CORETYPE") != nullptr) return;
+  const char* core = std::getenv("OPENBLAS_CORETYPE");
+  if (!__builtin_cpu_supports("avx512f") || std::string_view(core ? core : "") == "SkylakeX")
+    return;
   setenv("OPENBLAS_CORETYPE", "SkylakeX", 1);
   execv("/proc/self/exe", argv);
 #endif
