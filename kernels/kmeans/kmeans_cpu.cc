@@ -14,8 +14,6 @@
 #include "kernels/kmeans/kmeans.h"
 #include "kernels/kmeans/kmeans_internal.h"
 
-// Accumulators live in arrays of vectors, which vectors of unknown size do not allow.
-#define HWY_DISABLED_TARGETS (HWY_SVE | HWY_SVE2 | HWY_SVE_256 | HWY_SVE2_128 | HWY_RVV)
 #undef HWY_TARGET_INCLUDE
 #define HWY_TARGET_INCLUDE "kernels/kmeans/kmeans_cpu.cc"
 #include "hwy/foreach_target.h"
