@@ -1,6 +1,13 @@
 // A worker's connection to one server: channel, session, typed errors, reconnect.
 //
-// Thread-safe. One Client per process and server is enough; PrefillWriter and DecodeSession share it.
+// Thread-safe. One Client per process and server is enough; PrefillWriter and DecodeSession share
+// it.
+//
+// The session lives on a thread of the client: heartbeats, notices, and when its stream breaks,
+// attempts to resume it until the client dies. A server that comes back with another boot id gets a
+// new session; what belonged to the old one is gone there, and handles with the old boot id are
+// refused with STALE_BOOT_ID. The typed errors are the only way a caller learns of it; nothing is
+// retried here.
 #ifndef CLUSTERKV_WORKER_CLIENT_H_
 #define CLUSTERKV_WORKER_CLIENT_H_
 
@@ -8,6 +15,7 @@
 #include <functional>
 #include <memory>
 #include <string>
+#include <vector>
 
 #include "absl/status/status.h"
 #include "absl/status/statusor.h"
@@ -27,8 +35,8 @@ struct ClientOptions {
 
 class Client {
  public:
-  // Connects (waits up to call_timeout) and learns what the server is. target: "host:port" or "unix:path".
-  // Errors: Unavailable.
+  // Connects (waits up to call_timeout) and learns what the server is. target: "host:port" or
+  // "unix:path". Errors: Unavailable; DRAINING when it takes no new session.
   static absl::StatusOr<std::unique_ptr<Client>> Connect(const std::string& target,
                                                          const ClientOptions& options = {});
   // The same over a given channel, for servers in this process.
@@ -36,11 +44,15 @@ class Client {
                                                          const ClientOptions& options = {});
   ~Client();
 
-  v1::ServerInfo server_info() const;      // as of the last (re)connect
-  uint64_t session_id() const;             // 0: none
+  v1::ServerInfo server_info() const;  // as of the last (re)connect
+  uint64_t session_id() const;         // 0: none, or its stream is broken just now
+  absl::Duration call_timeout() const;
 
-  // After Unavailable or STALE_BOOT_ID: waits until the server answers, starts a new session if the boot
-  // id changed. *restarted (may be null) says whether it did: then sequences and attachments are gone.
+  // After Unavailable or STALE_BOOT_ID: waits until the server answers and the session stands
+  // again, a new one if the boot id changed. *restarted (may be null) says whether it changed since
+  // the last (re)connect by anyone: then sequences and attachments are gone. Who shares a client
+  // compares its handles' boot id with server_info() instead. Errors: Unavailable when the timeout
+  // passes.
   absl::Status Reconnect(absl::Duration timeout, bool* restarted);
 
   v1::CacheService::StubInterface& cache();
@@ -49,12 +61,14 @@ class Client {
 
   // Unary calls with errors converted (proto/error.h: ReasonOf, MetadataOf).
   absl::StatusOr<v1::Sequence> OpenSequence(const v1::OpenSequenceRequest& request);
-  absl::StatusOr<v1::Sequence> SealSequence(const v1::SequenceHandle& sequence, absl::Duration timeout);
+  absl::StatusOr<v1::Sequence> SealSequence(const v1::SequenceHandle& sequence,
+                                            absl::Duration timeout);
   absl::StatusOr<v1::Sequence> GetSequence(const v1::SequenceHandle& sequence);
   absl::StatusOr<v1::Sequence> ForkSequence(const v1::ForkSequenceRequest& request);
   absl::StatusOr<std::vector<v1::Sequence>> ListSequences(const std::string& prefix);  // all pages
   absl::Status ReleaseSequence(const v1::SequenceHandle& sequence);
-  absl::StatusOr<v1::SelectClustersResponse> SelectClusters(const v1::SelectClustersRequest& request);
+  absl::StatusOr<v1::SelectClustersResponse> SelectClusters(
+      const v1::SelectClustersRequest& request);
   absl::StatusOr<v1::AppendKvResponse> AppendKv(const v1::AppendKvRequest& request);
 
  private:
@@ -62,7 +76,6 @@ class Client {
   explicit Client(std::unique_ptr<Impl> impl);
   std::unique_ptr<Impl> impl_;
 };
-
 
 }  // namespace clusterkv::worker
 
