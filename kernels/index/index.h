@@ -1,8 +1,9 @@
 // The semantic index of one layer's KV over one run of tokens, and its building.
 //
-// An index part covers a run of tokens of one (sequence, layer) for all its KV heads: the prompt without
-// its sinks, or one window of decoded tokens. Parts are built once and never change; a layer's index is
-// the list of its parts in token order. Everything lies in pages; a part's arrays are views:
+// An index part covers a run of tokens of one (sequence, layer) for all its KV heads: the prompt
+// without its sinks, or one window of decoded tokens. Parts are built once and never change; a
+// layer's index is the list of its parts in token order. Everything lies in pages; a part's arrays
+// are views:
 //
 //   array          element            index                 size
 //   centroids      [head_dim] float   h * clusters + c      kv_heads * clusters
@@ -12,12 +13,12 @@
 //   slots          int32              h * tokens + (p - first_token)   kv_heads * tokens
 //   codes          CodesBytes         h * tokens + slot     kv_heads * tokens, or 0 without codes
 //   records        RecordBytes        h * tokens + slot     kv_heads * tokens
-//   channels       [3, head_dim] float  h                   kv_heads: metric weight, K and V balance
+//   channels       [3, head_dim] float  h                 kv_heads: metric weight, K, V balance
 //
 // A *slot* is a token's place in cluster order: cluster c of head h holds slots [cluster_begin[c],
-// cluster_begin[c+1]), by ascending position within the cluster. positions[slot] is the token's absolute
-// position in the sequence; slots is its inverse. Centroids are in the metric's space (key times metric
-// weight); an empty cluster has cluster_begin[c] == cluster_begin[c+1].
+// cluster_begin[c+1]), by ascending position within the cluster. positions[slot] is the token's
+// absolute position in the sequence; slots is its inverse. Centroids are in the metric's space (key
+// times metric weight); an empty cluster has cluster_begin[c] == cluster_begin[c+1].
 //
 // Thread-safety: views are values; building writes only what it is given.
 #ifndef CLUSTERKV_KERNELS_INDEX_INDEX_H_
@@ -48,21 +49,29 @@ struct KvShape {
 };
 
 struct IndexParams {
-  int64_t tokens_per_cluster = 16;  // clusters of a segment of n tokens: max(1, n / tokens_per_cluster)
+  int64_t tokens_per_cluster = 16;  // a segment of n tokens has max(1, n / tokens_per_cluster)
   int64_t segment_tokens = 8192;    // clusters form inside runs of so many tokens; 0: one run
   KMeansInit init = KMeansInit::kStride;
-  uint64_t seed = 0;
+  uint64_t seed = 0;  // of kRandom: segment s of KV head h starts with seed + h * 2^32 + s
   int iterations = 10;
-  // Clusters over this multiple of tokens_per_cluster are split (by k-means with 2 centers, repeatedly)
-  // until none is; 0: never.
+  // Clusters over this multiple of tokens_per_cluster are split in two until none is; 0: never. A
+  // split is k-means with 2 centers and a stride start; where it leaves one side less than a
+  // quarter of the tokens, the earlier and the later half. The second side becomes a new cluster at
+  // the segment's end.
   float split_over = 0;
-  CodesParams codes;
+  CodesParams codes = {};
 
   bool operator==(const IndexParams&) const = default;
 };
 
+// Errors: InvalidArgument naming the field: kv_heads, query_heads, head_dim, element_type.
+absl::Status ValidateKvShape(const KvShape& shape);
+// Errors: InvalidArgument naming the field. `shape` is valid.
+absl::Status ValidateIndexParams(const KvShape& shape, const IndexParams& params);
+
 // Clusters per KV head that a part of `tokens` tokens may have: sum over its segments, and when
-// split_over > 0 the bound on what splitting can add. Heads with fewer leave empty clusters at the end.
+// split_over > 0 the bound on what splitting can add. Heads with fewer leave empty clusters at the
+// end.
 int64_t ClusterCapacity(const IndexParams& params, int64_t tokens);
 
 template <typename Byte>
@@ -70,18 +79,19 @@ struct BasicIndexPartView {
   int64_t first_token = 0;  // absolute position of the part's first token
   int64_t tokens = 0;       // T
   int64_t clusters = 0;     // C, per KV head
-  BasicPagedView<Byte> centroids, value_means, cluster_begin, positions, slots, codes, records, channels;
+  BasicPagedView<Byte> centroids, value_means, cluster_begin, positions, slots, codes, records,
+      channels;
 
   operator BasicIndexPartView<const std::byte>() const {
-    return {first_token, tokens,    clusters, centroids, value_means,
-            cluster_begin, positions, slots,  codes,     records, channels};
+    return {first_token, tokens, clusters, centroids, value_means, cluster_begin,
+            positions,   slots,  codes,    records,   channels};
   }
 };
 using IndexPartView = BasicIndexPartView<const std::byte>;
 using MutableIndexPartView = BasicIndexPartView<std::byte>;
 
-// The element size and count of each array of a part, in the order of the table above: from these the
-// service sizes its pages. element_bytes of an absent array is 0.
+// The element size and count of each array of a part, in the order of the table above: from these
+// the service sizes its pages. element_bytes of an absent array is 0.
 struct IndexArrayLayout {
   const char* name;
   int64_t element_bytes;
@@ -94,42 +104,47 @@ struct IndexLayout {
   int64_t Pages(int64_t page_bytes) const;
 };
 // REQUIRES: valid shape and params, tokens >= 1.
-IndexLayout MakeIndexLayout(const KvShape& shape, const IndexParams& params, const RecordCodec& codec,
-                            int64_t tokens);
+IndexLayout MakeIndexLayout(const KvShape& shape, const IndexParams& params,
+                            const RecordCodec& codec, int64_t tokens);
 // Lays the arrays out over `pages` [layout.Pages(page_bytes)] of the arena at `base`.
 MutableIndexPartView MakeIndexPartView(const IndexLayout& layout, const KvShape& shape,
-                                       const IndexParams& params, int64_t first_token, int64_t tokens,
-                                       std::byte* base, const uint32_t* pages, int64_t page_bytes);
+                                       const IndexParams& params, int64_t first_token,
+                                       int64_t tokens, std::byte* base, const uint32_t* pages,
+                                       int64_t page_bytes);
 
 // What an index is built from: keys and values as they came, in token order.
-//   keys, values: element t is token (first_token + t)'s rows of all KV heads, [kv_heads, head_dim] of
-//   shape.element_type; size = tokens.
+//   keys, values: element t is token (first_token + t)'s rows of all KV heads, [kv_heads, head_dim]
+//   of shape.element_type; size = tokens.
 struct IndexInput {
   PagedView keys;
   PagedView values;
   // Balanced metric: RMS of the prompt's queries, [kv_heads, head_dim]; empty: raw metric.
   absl::Span<const float> query_rms;
-  // Channels (metric weight, balances) of an earlier part, for windows of decoded tokens: when not null,
-  // element h as in `channels`, used instead of computing them. query_rms is then ignored.
+  // Channels (metric weight, balances) of an earlier part, for windows of decoded tokens: when not
+  // null, element h as in `channels`, used instead of computing them. query_rms is then ignored.
   const PagedView* inherited_channels = nullptr;
 };
 
-// Builds a whole part: metric, k-means per segment and head, cluster order, value means, codes, records.
+// Builds a whole part: metric, k-means per segment and head, cluster order, value means, codes,
+// records.
 //
-// Balanced metric: channel j of K is multiplied by w_j = sqrt(max(query_rms_j, 1e-6) / max(std_j, 1e-6)),
-// std_j the (n - 1) standard deviation of the part's keys in that channel; raw metric: w = 1. k-means
-// runs on the weighted keys, spread over threads by (head, segment); scratch memory is what one (head,
-// segment) needs per running task.
-// Errors: InvalidArgument when a view's size does not fit shape and params.
-absl::Status BuildIndexPart(const KvShape& shape, const IndexParams& params, const RecordCodec& codec,
-                            const IndexInput& input, const MutableIndexPartView& part,
-                            ParallelFor parallel_for);
+// Balanced metric: channel j of K is multiplied by w_j = sqrt(max(query_rms_j, 1e-6) / max(std_j,
+// 1e-6)), std_j the (n - 1) standard deviation of the part's keys in that channel (0 for one
+// token); raw metric: w = 1. k-means runs on the weighted keys, spread over threads by (head,
+// segment) and within them by rows; scratch memory is what one (head, segment) needs per running
+// task. Without codes the balances are 1. Every element of the part's arrays is written.
+//
+// Errors: InvalidArgument when shape or params are not valid, a view's size does not fit them, or
+// query_rms is not finite. Nothing is written then.
+absl::Status BuildIndexPart(const KvShape& shape, const IndexParams& params,
+                            const RecordCodec& codec, const IndexInput& input,
+                            const MutableIndexPartView& part, ParallelFor parallel_for);
 absl::Status BuildIndexPartReference(const KvShape& shape, const IndexParams& params,
                                      const RecordCodec& codec, const IndexInput& input,
                                      const MutableIndexPartView& part);
 
-// XXH3-64 over the part's arrays in logical order (not the pages' unused tails): equal for equal parts
-// wherever they lie. Records are left out, so that it is the same under every codec.
+// XXH3-64 over the part's arrays in logical order (not the pages' unused tails): equal for equal
+// parts wherever they lie. Records are left out, so that it is the same under every codec.
 uint64_t IndexDigest(const KvShape& shape, const IndexPartView& part);
 
 }  // namespace clusterkv::kernels
