@@ -1,0 +1,117 @@
+#include "worker/ckv/connection.h"
+
+#include <grpcpp/grpcpp.h>
+
+#include <chrono>
+#include <utility>
+
+#include "proto/grpc_status.h"
+#include "worker/ckv/exit_code.h"
+
+namespace clusterkv::worker::ckv {
+namespace {
+
+std::unique_ptr<grpc::ClientContext> Context(absl::Duration timeout) {
+  auto context = std::make_unique<grpc::ClientContext>();
+  context->set_deadline(std::chrono::system_clock::now() + absl::ToChronoMilliseconds(timeout));
+  return context;
+}
+
+}  // namespace
+
+void ServerFlags::Register(FlagSet& flags) {
+  flags.String("server", "HOST:PORT", &server, "the server's data port");
+  flags.Duration("connect_timeout", &connect_timeout, "how long to wait for a connection");
+}
+
+void AdminFlags::Register(FlagSet& flags, bool required) {
+  if (required) admin = "127.0.0.1:7401";
+  flags.String("admin", "HOST:PORT", &admin,
+               required ? "the server's admin port" : "the server's admin port, for more figures");
+}
+
+absl::StatusOr<std::shared_ptr<grpc::Channel>> OpenChannel(const std::string& target,
+                                                           absl::Duration timeout) {
+  grpc::ChannelArguments arguments;
+  arguments.SetMaxReceiveMessageSize(-1);
+  arguments.SetMaxSendMessageSize(-1);
+  auto channel = grpc::CreateCustomChannel(target, grpc::InsecureChannelCredentials(), arguments);
+  const auto deadline = std::chrono::system_clock::now() + absl::ToChronoMilliseconds(timeout);
+  if (!channel->WaitForConnected(deadline)) {
+    return ConnectError(
+        target, absl::UnavailableError("no answer within " + absl::FormatDuration(timeout)));
+  }
+  return channel;
+}
+
+absl::StatusOr<std::unique_ptr<Client>> ConnectClient(const ServerFlags& flags, bool session) {
+  auto channel = OpenChannel(flags.server, flags.connect_timeout);
+  if (!channel.ok()) return channel.status();
+  ClientOptions options;
+  options.worker_name = "ckv";
+  options.session = session;
+  auto client = Client::Connect(*std::move(channel), options);
+  if (!client.ok()) return ConnectError(flags.server, client.status());
+  return client;
+}
+
+AdminClient::AdminClient(std::shared_ptr<grpc::Channel> channel)
+    : channel_(std::move(channel)), stub_(v1::AdminService::NewStub(channel_)) {}
+
+absl::StatusOr<std::unique_ptr<AdminClient>> AdminClient::Connect(const AdminFlags& flags) {
+  auto channel = OpenChannel(flags.admin, flags.connect_timeout);
+  if (!channel.ok()) return channel.status();
+  return std::unique_ptr<AdminClient>(new AdminClient(*std::move(channel)));
+}
+
+absl::StatusOr<v1::Stats> AdminClient::GetStats() {
+  v1::Stats stats;
+  const auto context = Context(absl::Seconds(10));
+  const grpc::Status status = stub_->GetStats(context.get(), v1::GetStatsRequest(), &stats);
+  if (!status.ok()) return FromGrpcStatus(status);
+  return stats;
+}
+
+absl::StatusOr<v1::DrainResponse> AdminClient::Drain(absl::Duration timeout) {
+  v1::DrainResponse response;
+  const auto context = Context(timeout);
+  const grpc::Status status = stub_->Drain(context.get(), v1::DrainRequest(), &response);
+  if (!status.ok()) return FromGrpcStatus(status);
+  return response;
+}
+
+absl::StatusOr<v1::VerifyLedgerResponse> AdminClient::VerifyLedger(bool checksums) {
+  v1::VerifyLedgerRequest request;
+  request.set_checksums(checksums);
+  v1::VerifyLedgerResponse response;
+  const auto context = Context(absl::Minutes(5));
+  const grpc::Status status = stub_->VerifyLedger(context.get(), request, &response);
+  if (!status.ok()) return FromGrpcStatus(status);
+  return response;
+}
+
+std::string StateName(v1::SequenceState state) {
+  const std::string name = v1::SequenceState_Name(state);
+  constexpr char kPrefix[] = "SEQUENCE_STATE_";
+  return name.rfind(kPrefix, 0) == 0 ? name.substr(sizeof(kPrefix) - 1) : name;
+}
+
+std::string LinkName(v1::Link link) {
+  switch (link) {
+    case v1::LINK_PEER:
+      return "peer";
+    case v1::LINK_NCCL:
+      return "nccl";
+    default:
+      return "grpc";
+  }
+}
+
+SequenceGuard::~SequenceGuard() { Release().IgnoreError(); }
+
+absl::Status SequenceGuard::Release() {
+  if (client_ == nullptr) return absl::OkStatus();
+  return std::exchange(client_, nullptr)->ReleaseSequence(handle_);
+}
+
+}  // namespace clusterkv::worker::ckv

@@ -1,0 +1,76 @@
+// How the commands reach a server: --server (data port) and --admin (admin port).
+#ifndef CLUSTERKV_WORKER_CKV_CONNECTION_H_
+#define CLUSTERKV_WORKER_CKV_CONNECTION_H_
+
+#include <memory>
+#include <string>
+
+#include "absl/status/statusor.h"
+#include "absl/time/time.h"
+#include "worker/ckv/flags.h"
+#include "worker/client.h"
+
+namespace clusterkv::worker::ckv {
+
+// The flags that every command with a server has.
+struct ServerFlags {
+  std::string server = "127.0.0.1:7400";
+  absl::Duration connect_timeout = absl::Seconds(5);
+  void Register(FlagSet& flags);
+};
+
+struct AdminFlags {
+  std::string admin;  // empty: none is asked
+  absl::Duration connect_timeout = absl::Seconds(5);
+  void Register(FlagSet& flags, bool required);
+};
+
+// A channel that is connected. Errors: ConnectError when no server answers within the timeout.
+absl::StatusOr<std::shared_ptr<grpc::Channel>> OpenChannel(const std::string& target,
+                                                           absl::Duration timeout);
+
+// `session`: keep a liveness session; what the client opens and does not seal then ends with it.
+absl::StatusOr<std::unique_ptr<Client>> ConnectClient(const ServerFlags& flags, bool session);
+
+// The admin port.
+class AdminClient {
+ public:
+  static absl::StatusOr<std::unique_ptr<AdminClient>> Connect(const AdminFlags& flags);
+
+  absl::StatusOr<v1::Stats> GetStats();
+  // Waits at most `timeout` until work in flight is over.
+  absl::StatusOr<v1::DrainResponse> Drain(absl::Duration timeout);
+  absl::StatusOr<v1::VerifyLedgerResponse> VerifyLedger(bool checksums);
+
+ private:
+  explicit AdminClient(std::shared_ptr<grpc::Channel> channel);
+  std::shared_ptr<grpc::Channel> channel_;
+  std::unique_ptr<v1::AdminService::Stub> stub_;
+};
+
+// "READY", "FILLING" …
+std::string StateName(v1::SequenceState state);
+// "grpc", "peer", "nccl".
+std::string LinkName(v1::Link link);
+
+// Releases a sequence when it goes out of scope, best effort.
+class SequenceGuard {
+ public:
+  SequenceGuard(Client* client, v1::SequenceHandle handle)
+      : client_(client), handle_(std::move(handle)) {}
+  ~SequenceGuard();
+  SequenceGuard(const SequenceGuard&) = delete;
+  SequenceGuard& operator=(const SequenceGuard&) = delete;
+  // Releases now. Errors: the service's.
+  absl::Status Release();
+  // Keeps the sequence.
+  void Dismiss() { client_ = nullptr; }
+
+ private:
+  Client* client_;
+  v1::SequenceHandle handle_;
+};
+
+}  // namespace clusterkv::worker::ckv
+
+#endif  // CLUSTERKV_WORKER_CKV_CONNECTION_H_
