@@ -35,6 +35,7 @@ struct BasicPagedView {
     using Pointer = std::conditional_t<std::is_const_v<Byte>, const T, T>;
     return reinterpret_cast<Pointer*>(At(index));
   }
+  // NOLINTNEXTLINE(google-explicit-constructor): as a pointer to non-const becomes one to const.
   operator BasicPagedView<const std::byte>() const {
     return {base, pages, page_bytes, element_bytes, elements_per_page, size};
   }

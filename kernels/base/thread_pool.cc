@@ -78,7 +78,7 @@ absl::Status ThreadPool::StartThreads(int threads) {
       return absl::ResourceExhaustedError(
           absl::StrCat("thread ", i, " of ", threads, ": ", std::strerror(error)));
     }
-    start.release();
+    (void)start.release();  // the thread owns it now
     threads_.push_back(thread);
   }
   return absl::OkStatus();

@@ -1,0 +1,82 @@
+#!/usr/bin/env bash
+# Installs what is missing, builds, and runs every test that needs no GPU: first the release build
+# (or another preset), then the suite again under AddressSanitizer with the fuzz targets,
+# ThreadSanitizer and clang's thread-safety analysis.
+set -euo pipefail
+cd "$(dirname "${BASH_SOURCE[0]}")/.."
+
+usage() {
+  cat <<'END'
+Usage: tests/run.sh [--preset=NAME] [--quick] [--jobs=N]
+  --preset=NAME  the first build: release (default), dev, asan, tsan, thread-safety
+  --quick        only that one
+  --jobs=N       compilers and tests at a time (default: one per processor)
+END
+}
+
+preset=release
+quick=
+jobs=$(nproc)
+for argument in "$@"; do
+  case $argument in
+    --preset=*) preset=${argument#*=} ;;
+    --jobs=*) jobs=${argument#*=} ;;
+    --quick) quick=1 ;;
+    --help | -h) usage; exit 0 ;;
+    *) echo "Unknown argument $argument" >&2; usage >&2; exit 2 ;;
+  esac
+done
+case $preset in
+  release | dev | asan | tsan | thread-safety) ;;
+  *) echo "Unknown preset $preset" >&2; usage >&2; exit 2 ;;
+esac
+
+LOG_DIR=build/logs/tests
+STEPS_TAIL=100  # of a failing test's output
+. deploy/lib/steps.sh
+
+packages="$BUILD_PACKAGES $TEST_PACKAGES"
+if [ -z "$quick" ] || [ "$preset" = asan ] || [ "$preset" = thread-safety ]; then
+  packages+=" $CHECK_PACKAGES clang-runtime"
+fi
+# shellcheck disable=SC2086
+install_packages $packages
+
+run_tests() { ctest --preset "$1" -j "$jobs" -LE gpu --output-junit ctest.xml; }
+
+run_preset() {  # returns 1 where a step failed, having told so
+  local name=$1
+  # Named, because the quickstart may have configured this folder without tests.
+  try_step "$name: configure" cmake --preset "$name" -DCLUSTERKV_TESTS=ON \
+    "-DCLUSTERKV_BENCH=$([ "$name" = release ] && echo ON || echo OFF)" || return 1
+  try_step "$name: build" cmake --build --preset "$name" -j "$jobs" || return 1
+  local status=0
+  try_step "$name: test" run_tests "$name" || status=1
+  sed -n '/tests passed/,$p' "$STEPS_LOG"
+  return $status
+}
+
+presets=("$preset")
+if [ -z "$quick" ]; then
+  for other in asan tsan thread-safety; do
+    [ "$other" = "$preset" ] || presets+=("$other")
+  done
+fi
+failed=()
+# Reads the compile commands that the thread-safety preset, clang's own, was configured with.
+run_clang_tidy() {
+  find proto kernels cache_service worker -name '*.cc' -print0 | sort -z |
+    xargs -0 -n 1 -P "$jobs" clang-tidy --quiet -p build/thread-safety
+}
+
+for name in "${presets[@]}"; do
+  run_preset "$name" || failed+=("$name")
+done
+if [ -z "$quick" ]; then
+  try_step "clang-tidy" run_clang_tidy || failed+=(clang-tidy)
+fi
+if [ ${#failed[@]} -gt 0 ]; then
+  echo "FAILED: ${failed[*]} (of ${presets[*]}), after $(steps_time $SECONDS)" >&2
+  exit 1
+fi
+echo "All passed: ${presets[*]}, in $(steps_time $SECONDS)"
