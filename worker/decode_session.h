@@ -12,6 +12,7 @@
 
 #include "absl/status/status.h"
 #include "absl/status/statusor.h"
+#include "absl/time/time.h"
 #include "absl/types/span.h"
 #include "worker/client.h"
 
@@ -24,6 +25,8 @@ struct DecodeOptions {
   bool append_to_service = true;         // AppendKv of decoded tokens; false: the window stays here alone
   bool digests = false;                  // keep digests of selections, states and recalled bytes
   std::vector<v1::Link> links;           // that this worker can use, best first; empty: GRPC
+  // How long Step polls for an answer before it sleeps: a core for microseconds of latency.
+  absl::Duration spin = absl::ZeroDuration();
 };
 
 // What one Step of one layer did, summed over its KV heads.
@@ -58,9 +61,10 @@ class DecodeSession {
   absl::Status Append(int64_t layer, absl::Span<const std::byte> key, absl::Span<const std::byte> value);
   // output [query_heads, head_dim] = attention of queries [query_heads, head_dim] of the sequence's
   // element type over all tokens. figures may be null.
-  // Errors: as the service's. After RESIDENCY_STALE or a broken stream it resets the layer's residency
-  // and tries once more; after a restart of the server it answers FailedPrecondition STALE_BOOT_ID:
-  // the sequence is gone and must be prefilled again.
+  // Errors: as the service's. After RESIDENCY_STALE, records other than those missed or with a wrong
+  // checksum, or a broken stream it resets the layer's residency and tries once more; a lost attachment
+  // is made anew. After a restart of the server it answers FailedPrecondition STALE_BOOT_ID: the sequence
+  // is gone and must be prefilled again. `output` is written on success only.
   absl::Status Step(int64_t layer, absl::Span<const std::byte> queries, absl::Span<float> output,
                     StepFigures* figures);
 

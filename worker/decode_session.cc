@@ -1,0 +1,519 @@
+#include "worker/decode_session.h"
+
+#include <xxhash.h>
+
+#include <algorithm>
+#include <chrono>
+#include <cmath>
+#include <limits>
+#include <utility>
+
+#include "absl/strings/str_cat.h"
+#include "absl/time/clock.h"
+#include "kernels/attention/attention.h"
+#include "kernels/base/status_macros.h"
+#include "kernels/codec/record_codec.h"
+#include "proto/error.h"
+#include "proto/grpc_status.h"
+#include "worker/layer_cache.h"
+#include "worker/recall_stream.h"
+#include "worker/steady_rows.h"
+#include "worker/transport_failure.h"
+
+namespace clusterkv::worker {
+namespace {
+
+using Clock = std::chrono::steady_clock;
+using kernels::ElementType;
+
+constexpr absl::Duration kDetachTimeout = absl::Seconds(2);
+
+ElementType ElementTypeOf(v1::ElementType type, ElementType otherwise) {
+  return type == v1::ELEMENT_TYPE_UNSPECIFIED ? otherwise : static_cast<ElementType>(type);
+}
+
+double MicrosBetween(Clock::time_point begin, Clock::time_point end) {
+  return std::chrono::duration<double, std::micro>(end - begin).count();
+}
+
+// XXH3-64 of everything added.
+class RunningDigest {
+ public:
+  RunningDigest() : state_(XXH3_createState(), &XXH3_freeState) { XXH3_64bits_reset(state_.get()); }
+  void Add(const void* data, size_t bytes) { XXH3_64bits_update(state_.get(), data, bytes); }
+  uint64_t value() const { return XXH3_64bits_digest(state_.get()); }
+
+ private:
+  std::unique_ptr<XXH3_state_t, decltype(&XXH3_freeState)> state_;
+};
+
+struct Layer {
+  SteadyRows steady;
+  LayerCache cache;
+  uint64_t step = 0;
+  bool reset = false;  // the next request resets the residency
+  RunningDigest selection, state, recalled;
+
+  // The mirror is not known to be right any more.
+  void Distrust() {
+    cache.Clear();
+    reset = true;
+  }
+};
+
+}  // namespace
+
+struct DecodeSession::Impl {
+  ~Impl();
+
+  absl::Status CallAttach(const v1::SequenceHandle& handle);
+  absl::Status CheckLayout();
+  absl::Status MakeLayers();
+  absl::Status FetchSteadyZone();
+
+  absl::Status CheckLayer(int64_t layer) const;
+  absl::Status CallAppend(const v1::AppendKvRequest& request);
+  absl::Status ReturnToServer();
+  absl::Status Recover(const absl::Status& failure, Layer* layer);
+  void Abandon(Layer* layer);
+
+  absl::Status TryStep(int64_t index, absl::Span<const std::byte> queries, absl::Span<float> output,
+                       StepFigures* figures);
+  void MakeRequest(int64_t index, absl::Span<const std::byte> queries);
+  absl::Status Exchange(Layer* layer, int64_t index, StepFigures* figures);
+  absl::Status TakeSelection(Layer* layer, int64_t index, const v1::SelectResult& result);
+  absl::Status TakeState(const v1::AttentionState& state);
+  absl::Status Attend(const Layer& layer, absl::Span<const std::byte> queries,
+                      absl::Span<float> output);
+  void UpdateDigests(Layer* layer) const;
+
+  Client* client = nullptr;
+  DecodeOptions options;
+  v1::AttachResponse attachment;
+  ElementType type = ElementType::kBFloat16;
+  int64_t kv_heads = 0, query_heads = 0, head_dim = 0;
+  const kernels::RecordCodec* codec = nullptr;
+  std::vector<Layer> layers;
+  std::unique_ptr<RecallStream> stream;  // null: none is open
+
+  // Of the step under way; kept for their memory.
+  v1::SelectAndRecallRequest request;
+  v1::SelectAndRecallResponse response;
+  v1::AttentionState state;         // as received
+  std::vector<float> state_output;  // [query_heads, head_dim], or empty
+  std::vector<float> state_lse;     // [query_heads], or empty
+  std::vector<float> query_floats;
+  uint64_t request_id = 0;
+  // The service refused the step and said so in a whole exchange: residency, mirror and stream are
+  // as before it.
+  bool refused = false;
+};
+
+DecodeSession::Impl::~Impl() {
+  stream.reset();
+  if (attachment.attachment_id() == 0) return;
+  grpc::ClientContext context;
+  context.set_deadline(absl::ToChronoTime(absl::Now() + kDetachTimeout));
+  v1::DetachRequest detach;
+  detach.set_attachment_id(attachment.attachment_id());
+  v1::DetachResponse answer;
+  client->cache().Detach(&context, detach, &answer);  // else the session or the ttl ends it
+}
+
+absl::Status DecodeSession::Impl::CallAttach(const v1::SequenceHandle& handle) {
+  v1::AttachRequest attach;
+  *attach.mutable_sequence() = handle;
+  attach.set_session_id(client->session_id());
+  *attach.mutable_hot_cache() = options.hot_cache;
+  *attach.mutable_select() = options.select;
+  for (const v1::Link link : options.links) attach.add_links(link);
+  if (attach.links().empty()) attach.add_links(v1::LINK_GRPC);
+  v1::AttachResponse answer;
+  CKV_RETURN_IF_ERROR(
+      FromGrpcStatus(client->cache().Attach(client->MakeContext().get(), attach, &answer)));
+  if (answer.link() != v1::LINK_GRPC) {
+    return Error(v1::UNSUPPORTED,
+                 absl::StrCat("link: this worker moves records by gRPC alone, the server chose ",
+                              v1::Link_Name(answer.link())));
+  }
+  attachment = std::move(answer);
+  return absl::OkStatus();
+}
+
+absl::Status DecodeSession::Impl::CheckLayout() {
+  const v1::Sequence& sequence = attachment.sequence();
+  const v1::KvShape& shape = sequence.shape();
+  type = ElementTypeOf(shape.element_type(), ElementType::kBFloat16);
+  kv_heads = shape.kv_heads();
+  query_heads = shape.query_heads();
+  head_dim = shape.head_dim();
+  if (kv_heads == 0 || query_heads == 0 || query_heads % kv_heads != 0 || head_dim == 0) {
+    return Error(v1::INTERNAL_ERROR,
+                 absl::StrCat("sequence: impossible shape ", shape.ShortDebugString()));
+  }
+  codec = kernels::FindRecordCodec(sequence.codec());
+  if (codec == nullptr) {
+    return Error(v1::UNSUPPORTED,
+                 absl::StrCat("codec: this worker does not know ", sequence.codec()));
+  }
+  if (codec->RecordBytes(type, head_dim) != sequence.record_bytes()) {
+    return Error(v1::UNSUPPORTED, absl::StrCat("codec ", sequence.codec(), ": expected records of ",
+                                               codec->RecordBytes(type, head_dim), " bytes, got ",
+                                               sequence.record_bytes()));
+  }
+  return absl::OkStatus();
+}
+
+absl::Status DecodeSession::Impl::MakeLayers() {
+  CKV_ASSIGN_OR_RETURN(const v1::Sequence sequence,
+                       client->GetSequence(attachment.sequence().handle()));
+  if (sequence.layers_size() != static_cast<int>(sequence.shape().layers())) {
+    return Error(v1::INTERNAL_ERROR, absl::StrCat("layers: expected ", sequence.shape().layers(),
+                                                  ", got ", sequence.layers_size()));
+  }
+  kernels::HotCacheParams params;
+  if (options.hot_cache.policy() != v1::HOT_CACHE_POLICY_UNSPECIFIED) {
+    params.policy = static_cast<kernels::HotCachePolicy>(options.hot_cache.policy());
+  }
+  params.capacity_tokens = options.hot_cache.capacity_tokens();
+  params.step_tokens = std::max<int64_t>(1, attachment.max_exact_tokens());
+  params.steps = std::max<int>(1, static_cast<int>(options.hot_cache.steps()));
+  const int64_t row_bytes = head_dim * kernels::ElementBytes(type);
+  for (const v1::LayerInfo& info : sequence.layers()) {
+    if (info.layer() != layers.size()) {
+      return Error(v1::INTERNAL_ERROR,
+                   absl::StrCat("layers: expected layer ", layers.size(), ", got ", info.layer()));
+    }
+    CKV_ASSIGN_OR_RETURN(LayerCache cache, LayerCache::Create(kv_heads, params, codec,
+                                                              codec->RecordBytes(type, head_dim)));
+    layers.push_back({SteadyRows(kv_heads, row_bytes, sequence.index().sink_tokens(), info.tokens(),
+                                 info.window_begin()),
+                      std::move(cache), 0, false, RunningDigest(), RunningDigest(),
+                      RunningDigest()});
+  }
+  return absl::OkStatus();
+}
+
+absl::Status DecodeSession::Impl::FetchSteadyZone() {
+  v1::RecallClustersRequest recall;
+  *recall.mutable_sequence() = attachment.sequence().handle();
+  recall.set_steady_zone(true);
+  for (size_t l = 0; l < layers.size(); ++l) recall.add_layers(static_cast<uint32_t>(l));
+  const std::unique_ptr<grpc::ClientContext> context = client->MakeContext();
+  const auto reader = client->cache().RecallClusters(context.get(), recall);
+  v1::RecordChunk chunk;
+  absl::Status status;
+  while (status.ok() && reader->Read(&chunk)) {
+    status = CheckLayer(chunk.layer());
+    if (status.ok()) status = layers[chunk.layer()].steady.Add(chunk);
+  }
+  if (!status.ok()) context->TryCancel();
+  const absl::Status finished = FromGrpcStatus(reader->Finish());
+  CKV_RETURN_IF_ERROR(status);
+  CKV_RETURN_IF_ERROR(finished);
+  for (const Layer& layer : layers) CKV_RETURN_IF_ERROR(layer.steady.CheckComplete());
+  return absl::OkStatus();
+}
+
+absl::Status DecodeSession::Impl::CheckLayer(int64_t layer) const {
+  if (layer >= 0 && layer < static_cast<int64_t>(layers.size())) return absl::OkStatus();
+  return Error(v1::LAYER_OUT_OF_RANGE,
+               absl::StrCat("layer: expected 0 to ", layers.size() - 1, ", got ", layer));
+}
+
+absl::Status DecodeSession::Impl::CallAppend(const v1::AppendKvRequest& append) {
+  const absl::StatusOr<v1::AppendKvResponse> answer = client->AppendKv(append);
+  if (answer.ok() || !IsTransportFailure(answer.status())) return answer.status();
+  // Idempotent: tokens that are there already are compared.
+  CKV_RETURN_IF_ERROR(ReturnToServer());
+  return client->AppendKv(append).status();
+}
+
+// After a failure of the connection: OK when the same server is there again.
+absl::Status DecodeSession::Impl::ReturnToServer() {
+  stream.reset();
+  CKV_RETURN_IF_ERROR(client->Reconnect(client->call_timeout(), nullptr));
+  const v1::SequenceHandle& handle = attachment.sequence().handle();
+  const uint64_t boot_id = client->server_info().boot_id();
+  if (boot_id == handle.boot_id()) return absl::OkStatus();
+  return Error(v1::STALE_BOOT_ID, absl::StrCat("sequence ", handle.name(),
+                                               ": the server was restarted: expected boot id ",
+                                               handle.boot_id(), ", got ", boot_id));
+}
+
+// The exchange broke off somewhere: neither the layer's mirror nor the stream is to be trusted.
+void DecodeSession::Impl::Abandon(Layer* layer) {
+  if (refused) return;
+  layer->Distrust();
+  stream.reset();
+}
+
+// OK when the step is worth one more attempt.
+absl::Status DecodeSession::Impl::Recover(const absl::Status& failure, Layer* layer) {
+  Abandon(layer);
+  if (IsTransportFailure(failure)) return ReturnToServer();
+  switch (ReasonOf(failure)) {
+    case v1::RESIDENCY_STALE:
+      layer->Distrust();
+      return absl::OkStatus();
+    case v1::CHECKSUM_MISMATCH:
+      // The service's own is final: its pages are not what was sealed.
+      return refused ? failure : absl::OkStatus();
+    case v1::ATTACHMENT_NOT_FOUND:
+      CKV_RETURN_IF_ERROR(CallAttach(attachment.sequence().handle()));
+      for (Layer& other : layers) other.Distrust();
+      return absl::OkStatus();
+    default:
+      return failure;
+  }
+}
+
+void DecodeSession::Impl::MakeRequest(int64_t index, absl::Span<const std::byte> queries) {
+  request.Clear();
+  request.set_state_type(options.state_type);
+  request.set_request_id(++request_id);
+  v1::SelectAndRecallItem& item = *request.add_items();
+  item.set_attachment_id(attachment.attachment_id());
+  item.set_layer(static_cast<uint32_t>(index));
+  item.mutable_queries()->set_type(static_cast<v1::ElementType>(type));
+  item.mutable_queries()->set_data(queries.data(), queries.size());
+  item.set_step(layers[index].step);
+  item.set_reset_residency(layers[index].reset);
+}
+
+absl::Status DecodeSession::Impl::TakeSelection(Layer* layer, int64_t index,
+                                                const v1::SelectResult& result) {
+  if (result.has_error()) return FromRpcStatus(result.error());
+  if (result.layer() != index ||
+      result.generation() != attachment.sequence().handle().generation()) {
+    return Error(v1::INTERNAL_ERROR,
+                 absl::StrCat("selection: expected layer ", index, " of generation ",
+                              attachment.sequence().handle().generation(), ", got ", result.layer(),
+                              " of ", result.generation()));
+  }
+  CKV_RETURN_IF_ERROR(layer->steady.MoveWindow(result.window_begin()));
+  const int64_t sinks =
+      std::min<int64_t>(attachment.sequence().index().sink_tokens(), layer->steady.tokens());
+  CKV_RETURN_IF_ERROR(layer->cache.Begin(result, sinks, layer->steady.window_begin()));
+  return TakeState(result.state());
+}
+
+absl::Status DecodeSession::Impl::TakeState(const v1::AttentionState& answered) {
+  state = answered;
+  const ElementType state_type = ElementTypeOf(state.type(), ElementType::kFloat16);
+  const int64_t elements = query_heads * head_dim;
+  const bool present = !state.output().empty() || !state.log_sum_exp().empty();
+  state_output.resize(present ? elements : 0);
+  state_lse.resize(present ? query_heads : 0);
+  if (!present) return absl::OkStatus();
+  if (state.output().size() != static_cast<size_t>(elements * kernels::ElementBytes(state_type)) ||
+      state.log_sum_exp().size() != query_heads * sizeof(float)) {
+    return Error(v1::INTERNAL_ERROR,
+                 absl::StrCat("state: expected ", elements, " outputs and ", query_heads,
+                              " log-sum-exps, got ", state.output().size(), " and ",
+                              state.log_sum_exp().size(), " bytes"));
+  }
+  kernels::ToFloat(reinterpret_cast<const std::byte*>(state.output().data()), state_type, elements,
+                   state_output.data());
+  kernels::ToFloat(reinterpret_cast<const std::byte*>(state.log_sum_exp().data()),
+                   ElementType::kFloat32, query_heads, state_lse.data());
+  const auto finite = [](float number) { return std::isfinite(number); };
+  const auto below_infinity = [](float number) {
+    return number < std::numeric_limits<float>::infinity();  // false for NaN
+  };
+  if (!std::all_of(state_output.begin(), state_output.end(), finite) ||
+      !std::all_of(state_lse.begin(), state_lse.end(), below_infinity)) {
+    return Error(v1::INTERNAL_ERROR, "state: not finite");
+  }
+  return absl::OkStatus();
+}
+
+// One request, its answers. On an error the layer's mirror and the stream are not to be trusted.
+absl::Status DecodeSession::Impl::Exchange(Layer* layer, int64_t index, StepFigures* figures) {
+  refused = false;
+  if (stream == nullptr) {
+    CKV_ASSIGN_OR_RETURN(stream, RecallStream::Open(client, options.spin));
+  }
+  const Clock::time_point sent = Clock::now();
+  CKV_RETURN_IF_ERROR(stream->Write(request));
+  CKV_RETURN_IF_ERROR(stream->Read(&response));
+  const Clock::time_point selected = Clock::now();
+  if (response.request_id() != request_id || response.selection().results_size() != 1) {
+    return Error(v1::INTERNAL_ERROR,
+                 absl::StrCat("StreamSelectAndRecall: expected one result for ", "request ",
+                              request_id, ", got ", response.selection().results_size(), " for ",
+                              response.request_id()));
+  }
+  const bool has_error = response.selection().results(0).has_error();
+  absl::Status received = TakeSelection(layer, index, response.selection().results(0));
+  // An exchange is read to its end whatever is in it, so that the stream can go on.
+  while (true) {
+    for (const v1::RecordChunk& chunk : response.records()) {
+      if (received.ok() && chunk.layer() != index) {
+        received = Error(v1::CHECKSUM_MISMATCH,
+                         absl::StrCat("records: expected layer ", index, ", got ", chunk.layer()));
+      }
+      if (received.ok()) received = layer->cache.Receive(chunk);
+    }
+    if (response.last()) break;
+    CKV_RETURN_IF_ERROR(stream->Read(&response));
+  }
+  const Clock::time_point recalled = Clock::now();
+  refused = has_error;
+  CKV_RETURN_IF_ERROR(received);
+  CKV_RETURN_IF_ERROR(layer->cache.Complete());
+  figures->select_us = MicrosBetween(sent, selected);
+  figures->recall_us = MicrosBetween(selected, recalled);
+  return absl::OkStatus();
+}
+
+absl::Status DecodeSession::Impl::Attend(const Layer& layer, absl::Span<const std::byte> queries,
+                                         absl::Span<float> output) {
+  query_floats.resize(query_heads * head_dim);
+  kernels::ToFloat(queries.data(), type, query_heads * head_dim, query_floats.data());
+  const int64_t group = query_heads / kv_heads;
+  const kernels::AttentionParams params = {group, head_dim, type,
+                                           1.0f / std::sqrt(static_cast<float>(head_dim))};
+  for (int64_t h = 0; h < kv_heads; ++h) {
+    const int64_t first = h * group * head_dim;
+    kernels::AttentionState head_state;
+    if (!state_lse.empty()) {
+      head_state.output = absl::MakeConstSpan(state_output).subspan(first, group * head_dim);
+      head_state.lse = absl::MakeConstSpan(state_lse).subspan(h * group, group);
+    }
+    const absl::Status status = kernels::SparseAttention(
+        params, absl::MakeConstSpan(query_floats).subspan(first, group * head_dim),
+        layer.steady.Runs(h), layer.cache.Run(h), head_state,
+        output.subspan(first, group * head_dim), {});
+    if (!status.ok()) {
+      return Error(v1::INTERNAL_ERROR, absl::StrCat("attention: ", status.message()));
+    }
+  }
+  return absl::OkStatus();
+}
+
+void DecodeSession::Impl::UpdateDigests(Layer* layer) const {
+  for (int64_t h = 0; h < kv_heads; ++h) {
+    const std::vector<int32_t>& positions = layer->cache.positions()[h];
+    const std::vector<uint32_t>& masks = layer->cache.head_masks()[h];
+    const uint32_t count = static_cast<uint32_t>(positions.size());
+    layer->selection.Add(&count, sizeof(count));
+    layer->selection.Add(positions.data(), positions.size() * sizeof(int32_t));
+    layer->selection.Add(masks.data(), masks.size() * sizeof(uint32_t));
+  }
+  layer->state.Add(state.output().data(), state.output().size());
+  layer->state.Add(state.log_sum_exp().data(), state.log_sum_exp().size());
+  const size_t record_bytes = static_cast<size_t>(codec->RecordBytes(type, head_dim));
+  layer->cache.ForEachMiss(
+      [&](const std::byte* record) { layer->recalled.Add(record, record_bytes); });
+}
+
+absl::Status DecodeSession::Impl::TryStep(int64_t index, absl::Span<const std::byte> queries,
+                                          absl::Span<float> output, StepFigures* figures) {
+  Layer& layer = layers[index];
+  MakeRequest(index, queries);
+  CKV_RETURN_IF_ERROR(Exchange(&layer, index, figures));
+  CKV_RETURN_IF_ERROR(Attend(layer, queries, output));
+  ++layer.step;
+  layer.reset = false;
+  figures->exact_tokens = layer.cache.exact_tokens();
+  figures->recalled_tokens = layer.cache.misses();
+  figures->recalled_bytes = layer.cache.misses() * codec->RecordBytes(type, head_dim);
+  figures->state_bytes = static_cast<int64_t>(state.output().size() + state.log_sum_exp().size());
+  figures->hits = layer.cache.hits();
+  if (options.digests) UpdateDigests(&layer);
+  return absl::OkStatus();
+}
+
+DecodeSession::DecodeSession(std::unique_ptr<Impl> impl) : impl_(std::move(impl)) {}
+DecodeSession::~DecodeSession() = default;
+
+absl::StatusOr<std::unique_ptr<DecodeSession>> DecodeSession::Attach(
+    Client* client, const v1::SequenceHandle& sequence, const DecodeOptions& options) {
+  auto impl = std::make_unique<Impl>();
+  impl->client = client;
+  impl->options = options;
+  CKV_RETURN_IF_ERROR(impl->CallAttach(sequence));
+  CKV_RETURN_IF_ERROR(impl->CheckLayout());
+  CKV_RETURN_IF_ERROR(impl->MakeLayers());
+  CKV_RETURN_IF_ERROR(impl->FetchSteadyZone());
+  return std::unique_ptr<DecodeSession>(new DecodeSession(std::move(impl)));
+}
+
+const v1::Sequence& DecodeSession::sequence() const { return impl_->attachment.sequence(); }
+v1::Link DecodeSession::link() const { return impl_->attachment.link(); }
+const std::string& DecodeSession::link_reason() const { return impl_->attachment.link_reason(); }
+
+absl::Status DecodeSession::Append(int64_t layer, absl::Span<const std::byte> key,
+                                   absl::Span<const std::byte> value) {
+  CKV_RETURN_IF_ERROR(impl_->CheckLayer(layer));
+  const size_t expected =
+      static_cast<size_t>(impl_->kv_heads * impl_->head_dim * kernels::ElementBytes(impl_->type));
+  if (key.size() != expected || value.size() != expected) {
+    return Error(v1::SHAPE_MISMATCH,
+                 absl::StrCat("key, value: expected ", expected, " bytes each, got ", key.size(),
+                              " and ", value.size()));
+  }
+  SteadyRows& steady = impl_->layers[layer].steady;
+  if (impl_->options.append_to_service) {
+    v1::AppendKvRequest append;
+    *append.mutable_sequence() = impl_->attachment.sequence().handle();
+    append.set_first_token(static_cast<uint32_t>(steady.tokens()));
+    append.set_tokens(1);
+    v1::AppendKvRequest::Layer& rows = *append.add_layers();
+    rows.set_layer(static_cast<uint32_t>(layer));
+    rows.set_keys(key.data(), key.size());
+    rows.set_values(value.data(), value.size());
+    CKV_RETURN_IF_ERROR(impl_->CallAppend(append));
+  }
+  steady.Append(key, value);
+  return absl::OkStatus();
+}
+
+absl::Status DecodeSession::Step(int64_t layer, absl::Span<const std::byte> queries,
+                                 absl::Span<float> output, StepFigures* figures) {
+  CKV_RETURN_IF_ERROR(impl_->CheckLayer(layer));
+  const int64_t elements = impl_->query_heads * impl_->head_dim;
+  const int64_t query_bytes = elements * kernels::ElementBytes(impl_->type);
+  if (static_cast<int64_t>(queries.size()) != query_bytes ||
+      static_cast<int64_t>(output.size()) != elements) {
+    return Error(v1::SHAPE_MISMATCH,
+                 absl::StrCat("queries, output: expected ", query_bytes, " bytes and ", elements,
+                              " numbers, got ", queries.size(), " and ", output.size()));
+  }
+  StepFigures unwanted;
+  StepFigures* const told = figures != nullptr ? figures : &unwanted;
+  const absl::Status first = impl_->TryStep(layer, queries, output, told);
+  if (first.ok()) return first;
+  CKV_RETURN_IF_ERROR(impl_->Recover(first, &impl_->layers[layer]));
+  const absl::Status second = impl_->TryStep(layer, queries, output, told);
+  if (!second.ok()) impl_->Abandon(&impl_->layers[layer]);
+  return second;
+}
+
+const std::vector<std::vector<int32_t>>& DecodeSession::last_positions(int64_t layer) const {
+  return impl_->layers[layer].cache.positions();
+}
+
+const std::vector<std::vector<uint32_t>>& DecodeSession::last_head_masks(int64_t layer) const {
+  return impl_->layers[layer].cache.head_masks();
+}
+
+int64_t DecodeSession::window_begin(int64_t layer) const {
+  return impl_->layers[layer].steady.window_begin();
+}
+
+LayerDigests DecodeSession::digests(int64_t layer) const {
+  const Layer& of = impl_->layers[layer];
+  return {of.selection.value(), of.state.value(), of.recalled.value()};
+}
+
+int64_t DecodeSession::held_bytes() const {
+  int64_t bytes = 0;
+  for (const Layer& layer : impl_->layers) {
+    bytes += layer.steady.held_bytes() + layer.cache.held_bytes();
+  }
+  return bytes;
+}
+
+}  // namespace clusterkv::worker
