@@ -1,0 +1,185 @@
+#include "cache_service/rpc/cache_service_rpc.h"
+
+#include <string>
+#include <utility>
+
+#include "cache_service/rpc/put_kv_stream.h"
+#include "kernels/base/status_macros.h"
+#include "kernels/codec/record_codec.h"
+#include "proto/error.h"
+
+namespace clusterkv::cache_service {
+namespace {
+
+constexpr uint32_t kDefaultPageSize = 100, kMaxPageSize = 1000;
+constexpr char kPageTokenPrefix[] = "after:";
+
+// The next page begins after this name.
+absl::StatusOr<std::string> ParsePageToken(const std::string& token) {
+  if (token.empty()) return std::string();
+  const std::string prefix = kPageTokenPrefix;
+  if (token.compare(0, prefix.size(), prefix) == 0) return token.substr(prefix.size());
+  return Error(v1::INVALID_FIELD,
+               "page_token: expected what the last page answered, got \"" + token + "\"",
+               {{"field", "page_token"}, {"got", token}});
+}
+
+absl::Status List(Shard& shard, const v1::ListSequencesRequest& request,
+                  v1::ListSequencesResponse* response) {
+  if (request.page_size() > kMaxPageSize) {
+    const std::string got = std::to_string(request.page_size());
+    return Error(v1::INVALID_FIELD, "page_size: expected 0 to 1000, got " + got,
+                 {{"field", "page_size"}, {"expected", "0 to 1000"}, {"got", got}});
+  }
+  CKV_ASSIGN_OR_RETURN(const std::string after, ParsePageToken(request.page_token()));
+  const size_t limit = request.page_size() == 0 ? kDefaultPageSize : request.page_size();
+  std::vector<v1::Sequence> page =
+      shard.ListSequences(request.prefix(), after, static_cast<int64_t>(limit) + 1);
+  const bool more = page.size() > limit;
+  if (more) page.resize(limit);
+  if (more) {
+    response->set_next_page_token(kPageTokenPrefix + page.back().handle().name());
+  }
+  for (v1::Sequence& sequence : page) *response->add_sequences() = std::move(sequence);
+  return absl::OkStatus();
+}
+
+std::string WhyNot(v1::Link link) {
+  switch (link) {
+    case v1::LINK_PEER:
+      return "peer: this server has no GPU device";
+    case v1::LINK_NCCL:
+      return "nccl: this server has no GPU device";
+    default:
+      return "link " + std::to_string(static_cast<int>(link)) + ": unknown to this server";
+  }
+}
+
+// The first link asked for that this server has; what stood before it is in the reason.
+void NegotiateLink(const RpcContext& rpc, const v1::AttachRequest& request,
+                   v1::AttachResponse* response) {
+  std::string reason;
+  for (const int link : request.links()) {
+    if (link == v1::LINK_GRPC) break;
+    const std::string why = WhyNot(static_cast<v1::Link>(link));
+    rpc.metrics->CountLinkFallback(why);
+    reason += (reason.empty() ? "" : "; ") + why;
+  }
+  response->set_link(v1::LINK_GRPC);
+  response->set_link_reason(reason);
+}
+
+// What `call` answers, moved into `response`.
+template <typename T>
+absl::Status Encode(absl::StatusOr<T> answer, T* response) {
+  if (!answer.ok()) return std::move(answer).status();
+  *response = *std::move(answer);
+  return absl::OkStatus();
+}
+
+}  // namespace
+
+grpc::ServerUnaryReactor* CacheServiceRpc::GetServerInfo(grpc::CallbackServerContext* context,
+                                                         const v1::GetServerInfoRequest*,
+                                                         v1::ServerInfo* info) {
+  return AnswerNow(rpc_, Method::kGetServerInfo, context, [&] {
+    const ShardOptions& options = rpc_.shard->options();
+    info->set_boot_id(rpc_.shard->boot_id());
+    info->set_version(rpc_.version);
+    info->set_device(rpc_.device);
+    for (const kernels::RecordCodec* codec : kernels::RecordCodecs()) {
+      info->add_codecs(std::string(codec->name()));
+    }
+    for (const char* preset : {"clusterkv", "recall", "default"}) info->add_presets(preset);
+    info->add_links(v1::LINK_GRPC);
+    info->set_arena_bytes(static_cast<uint64_t>(options.arena_bytes));
+    info->set_page_bytes(static_cast<uint64_t>(rpc_.shard->page_bytes()));
+    info->set_max_chunk_bytes(static_cast<uint32_t>(rpc_.max_chunk_bytes));
+    info->set_max_batch_items(static_cast<uint32_t>(rpc_.max_batch_items));
+    info->set_max_sequence_tokens(static_cast<uint32_t>(options.max_sequence_tokens));
+    info->set_draining(rpc_.shard->draining());
+    info->set_session_ttl_ms(static_cast<uint32_t>(absl::ToInt64Milliseconds(options.session_ttl)));
+    return absl::OkStatus();
+  });
+}
+
+grpc::ServerUnaryReactor* CacheServiceRpc::OpenSequence(grpc::CallbackServerContext* context,
+                                                        const v1::OpenSequenceRequest* request,
+                                                        v1::Sequence* sequence) {
+  return AnswerNow(rpc_, Method::kOpenSequence, context,
+                   [&] { return Encode(rpc_.shard->OpenSequence(*request), sequence); });
+}
+
+grpc::ServerReadReactor<v1::PutKvRequest>* CacheServiceRpc::PutKv(grpc::CallbackServerContext*,
+                                                                  v1::PutKvResponse* response) {
+  return PutKvStream::Start(rpc_, response);
+}
+
+grpc::ServerUnaryReactor* CacheServiceRpc::SealSequence(grpc::CallbackServerContext* context,
+                                                        const v1::SealSequenceRequest* request,
+                                                        v1::Sequence* sequence) {
+  const std::shared_ptr<LaterUnary> call = LaterUnary::Start(rpc_, Method::kSealSequence, context);
+  rpc_.shard->Seal(request->sequence(), call->call_context(),
+                   [call, sequence](absl::StatusOr<v1::Sequence> sealed) {
+                     call->Answer(sealed.status(), [&] { *sequence = *std::move(sealed); });
+                   });
+  return call.get();
+}
+
+grpc::ServerUnaryReactor* CacheServiceRpc::GetSequence(grpc::CallbackServerContext* context,
+                                                       const v1::GetSequenceRequest* request,
+                                                       v1::Sequence* sequence) {
+  return AnswerNow(rpc_, Method::kGetSequence, context,
+                   [&] { return Encode(rpc_.shard->GetSequence(request->sequence()), sequence); });
+}
+
+grpc::ServerUnaryReactor* CacheServiceRpc::ListSequences(grpc::CallbackServerContext* context,
+                                                         const v1::ListSequencesRequest* request,
+                                                         v1::ListSequencesResponse* response) {
+  return AnswerNow(rpc_, Method::kListSequences, context,
+                   [&] { return List(*rpc_.shard, *request, response); });
+}
+
+grpc::ServerUnaryReactor* CacheServiceRpc::ForkSequence(grpc::CallbackServerContext* context,
+                                                        const v1::ForkSequenceRequest* request,
+                                                        v1::Sequence* sequence) {
+  return AnswerNow(rpc_, Method::kForkSequence, context,
+                   [&] { return Encode(rpc_.shard->Fork(*request), sequence); });
+}
+
+grpc::ServerUnaryReactor* CacheServiceRpc::ReleaseSequence(
+    grpc::CallbackServerContext* context, const v1::ReleaseSequenceRequest* request,
+    v1::ReleaseSequenceResponse*) {
+  return AnswerNow(rpc_, Method::kReleaseSequence, context,
+                   [&] { return rpc_.shard->Release(request->sequence()); });
+}
+
+grpc::ServerUnaryReactor* CacheServiceRpc::Attach(grpc::CallbackServerContext* context,
+                                                  const v1::AttachRequest* request,
+                                                  v1::AttachResponse* response) {
+  return AnswerNow(rpc_, Method::kAttach, context, [&]() -> absl::Status {
+    CKV_RETURN_IF_ERROR(Encode(rpc_.shard->Attach(*request), response));
+    NegotiateLink(rpc_, *request, response);
+    return absl::OkStatus();
+  });
+}
+
+grpc::ServerUnaryReactor* CacheServiceRpc::Detach(grpc::CallbackServerContext* context,
+                                                  const v1::DetachRequest* request,
+                                                  v1::DetachResponse*) {
+  return AnswerNow(rpc_, Method::kDetach, context,
+                   [&] { return rpc_.shard->Detach(request->attachment_id()); });
+}
+
+grpc::ServerUnaryReactor* CacheServiceRpc::AppendKv(grpc::CallbackServerContext* context,
+                                                    const v1::AppendKvRequest* request,
+                                                    v1::AppendKvResponse* response) {
+  return AnswerNow(rpc_, Method::kAppendKv, context, [&] {
+    const absl::Time start = absl::Now();
+    absl::Status status = Encode(rpc_.shard->Append(*request), response);
+    rpc_.metrics->RecordStage(Stage::kAppend, absl::Now() - start);
+    return status;
+  });
+}
+
+}  // namespace clusterkv::cache_service

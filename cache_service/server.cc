@@ -1,0 +1,240 @@
+#include "cache_service/server.h"
+
+#include <google/protobuf/stubs/common.h>
+#include <grpcpp/grpcpp.h>
+#include <grpcpp/health_check_service_interface.h>
+#include <grpcpp/server_builder.h>
+
+#include <atomic>
+#include <utility>
+#include <vector>
+
+#include "absl/base/call_once.h"
+#include "absl/time/clock.h"
+#include "cache_service/rpc/acceptor.h"
+#include "cache_service/rpc/admin_service_rpc.h"
+#include "cache_service/rpc/cache_service_rpc.h"
+#include "cache_service/rpc/reflection_rpc.h"
+#include "cache_service/rpc/rpc_context.h"
+#include "cache_service/rpc/session_service_rpc.h"
+#include "cache_service/telemetry/log.h"
+#include "cache_service/telemetry/server_metrics.h"
+#include "kernels/base/status_macros.h"
+#include "proto/error.h"
+
+namespace clusterkv::cache_service {
+namespace {
+
+// A message of max_chunk_bytes and more than any other fits, so that a chunk that is too large is
+// refused by our own error, not by the library's.
+constexpr int kMaxMessageBytes = (8 << 20) + (64 << 10);
+constexpr int kMaxMetadataBytes = 16 << 10;
+constexpr int kMaxConcurrentStreams = 256;  // of one connection
+constexpr int kHandshakeTimeoutMs = 10'000;
+// A worker that vanished without closing is noticed within 40 s; clients may ping every 10 s.
+constexpr int kKeepaliveMs = 30'000, kKeepaliveTimeoutMs = 10'000, kMinPingIntervalMs = 10'000;
+
+constexpr absl::Duration kDrainPoll = absl::Milliseconds(5);
+
+// One port: its gRPC server and where its connections come in.
+struct Port {
+  std::vector<std::unique_ptr<grpc::Service>> reflection;  // outlives the server
+  std::unique_ptr<grpc::Server> server;
+  std::unique_ptr<Acceptor::Handler> handler;
+
+  absl::Status Build(const std::vector<grpc::Service*>& services, std::vector<std::string> names,
+                     bool with_reflection);
+  void SetHealth(const std::string& service, bool serving) {
+    server->GetHealthCheckService()->SetServingStatus(service, serving);
+  }
+};
+
+absl::Status Port::Build(const std::vector<grpc::Service*>& services,
+                         std::vector<std::string> names, bool with_reflection) {
+  grpc::ServerBuilder builder;
+  builder.SetMaxReceiveMessageSize(kMaxMessageBytes);
+  builder.SetMaxSendMessageSize(kMaxMessageBytes);
+  builder.AddChannelArgument(GRPC_ARG_MAX_METADATA_SIZE, kMaxMetadataBytes);
+  builder.AddChannelArgument(GRPC_ARG_MAX_CONCURRENT_STREAMS, kMaxConcurrentStreams);
+  builder.AddChannelArgument(GRPC_ARG_SERVER_HANDSHAKE_TIMEOUT_MS, kHandshakeTimeoutMs);
+  builder.AddChannelArgument(GRPC_ARG_KEEPALIVE_TIME_MS, kKeepaliveMs);
+  builder.AddChannelArgument(GRPC_ARG_KEEPALIVE_TIMEOUT_MS, kKeepaliveTimeoutMs);
+  builder.AddChannelArgument(GRPC_ARG_KEEPALIVE_PERMIT_WITHOUT_CALLS, 1);
+  builder.AddChannelArgument(GRPC_ARG_HTTP2_MIN_RECV_PING_INTERVAL_WITHOUT_DATA_MS,
+                             kMinPingIntervalMs);
+  for (grpc::Service* service : services) builder.RegisterService(service);
+  names.push_back("grpc.health.v1.Health");
+  if (with_reflection) {
+    names.push_back("grpc.reflection.v1.ServerReflection");
+    names.push_back("grpc.reflection.v1alpha.ServerReflection");
+    reflection = MakeReflectionServices(names);
+    for (const auto& service : reflection) builder.RegisterService(service.get());
+  }
+  handler = builder.experimental().AddExternalConnectionAcceptor(
+      grpc::ServerBuilder::experimental_type::ExternalConnectionType::FROM_FD,
+      grpc::InsecureServerCredentials());
+  server = builder.BuildAndStart();
+  if (server == nullptr) return absl::UnavailableError("gRPC refused to start a server");
+  for (const char* service : {"", "liveness", "readiness"}) SetHealth(service, true);
+  return absl::OkStatus();
+}
+
+}  // namespace
+
+struct Server::Impl {
+  ~Impl() { Shutdown(absl::ZeroDuration()); }
+
+  absl::Status Start(const Config& config);
+  absl::Status Listen(const Config& config);
+  void NotServing();
+  void BeginDrain();
+  void Shutdown(absl::Duration grace);
+
+  ServerMetrics metrics;
+  RpcContext rpc;
+  absl::Duration drain_delay, drain_timeout;
+  std::string address, admin_address;
+  int port = 0, admin_port = 0;
+
+  // In the order of construction: what stands below uses what stands above.
+  std::unique_ptr<Shard> shard;
+  std::unique_ptr<CacheServiceRpc> cache_service;
+  std::unique_ptr<SessionServiceRpc> session_service;
+  std::unique_ptr<AdminServiceRpc> admin_service;
+  Port data, admin;
+  std::unique_ptr<Acceptor> acceptor;
+  std::unique_ptr<MetricsEndpoint> metrics_endpoint;
+  absl::once_flag shutdown_once;
+};
+
+absl::Status Server::Impl::Start(const Config& config) {
+  static absl::once_flag process_once;
+  absl::call_once(process_once, [] {
+    RaiseOpenFileLimit();
+    grpc::EnableDefaultHealthCheckService(true);
+  });
+  CKV_ASSIGN_OR_RETURN(shard, Shard::Create(config.shard));
+  drain_delay = config.drain_delay;
+  drain_timeout = config.drain_timeout;
+  rpc.shard = shard.get();
+  rpc.metrics = &metrics;
+  rpc.version = CLUSTERKV_VERSION;
+  rpc.max_chunk_bytes = config.max_chunk_bytes;
+  rpc.max_batch_items = config.max_batch_items;
+  rpc.default_deadline = config.default_deadline;
+  rpc.drain_timeout = config.drain_timeout;
+
+  cache_service = std::make_unique<CacheServiceRpc>(rpc);
+  session_service = std::make_unique<SessionServiceRpc>(rpc);
+  admin_service = std::make_unique<AdminServiceRpc>(rpc, [this] { BeginDrain(); });
+  CKV_RETURN_IF_ERROR(data.Build({cache_service.get(), session_service.get()},
+                                 {"clusterkv.v1.CacheService", "clusterkv.v1.SessionService"},
+                                 config.reflection));
+  CKV_RETURN_IF_ERROR(
+      admin.Build({admin_service.get()}, {"clusterkv.v1.AdminService"}, config.reflection));
+  return Listen(config);
+}
+
+absl::Status Server::Impl::Listen(const Config& config) {
+  CKV_ASSIGN_OR_RETURN(ListenSocket data_socket, ListenSocket::Create(config.listen));
+  CKV_ASSIGN_OR_RETURN(ListenSocket admin_socket, ListenSocket::Create(config.admin_listen));
+  address = data_socket.address();
+  admin_address = admin_socket.address();
+  port = data_socket.port();
+  admin_port = admin_socket.port();
+  std::vector<Acceptor::Listener> listeners;
+  listeners.push_back({std::move(data_socket), std::move(data.handler)});
+  listeners.push_back({std::move(admin_socket), std::move(admin.handler)});
+  CKV_ASSIGN_OR_RETURN(acceptor,
+                       Acceptor::Start(std::move(listeners), config.max_connections, &metrics));
+  if (config.metrics_listen.empty()) return absl::OkStatus();
+  MetricsEndpoint::Source source;
+  source.metrics = &metrics;
+  source.stats = [this] { return rpc.Stats(); };
+  source.connections = [this] { return acceptor->connections(); };
+  CKV_ASSIGN_OR_RETURN(metrics_endpoint,
+                       MetricsEndpoint::Start(config.metrics_listen, std::move(source)));
+  return absl::OkStatus();
+}
+
+void Server::Impl::NotServing() {
+  for (Port* port : {&data, &admin}) {
+    port->SetHealth("", false);
+    port->SetHealth("readiness", false);
+  }
+}
+
+void Server::Impl::BeginDrain() {
+  NotServing();
+  shard->StartDrain();
+}
+
+void Server::Impl::Shutdown(absl::Duration grace) {
+  absl::call_once(shutdown_once, [this, grace] {
+    metrics_endpoint.reset();
+    if (acceptor != nullptr) acceptor->Stop();
+    rpc.streams.EndAll(Error(v1::DRAINING, "server: shutting down; reconnect to another"));
+    const auto deadline = absl::ToChronoTime(absl::Now() + grace);
+    for (Port* port : {&data, &admin}) {
+      if (port->server != nullptr) port->server->Shutdown(deadline);
+    }
+    // Work that calls left behind answers to reactors that are gone by then, or is dropped with the
+    // shard.
+    for (Port* port : {&data, &admin}) {
+      if (port->server != nullptr) port->server->Wait();
+    }
+  });
+}
+
+Server::Server(std::unique_ptr<Impl> impl) : impl_(std::move(impl)) {}
+Server::~Server() = default;
+
+absl::StatusOr<std::unique_ptr<Server>> Server::Start(const Config& config) {
+  auto impl = std::make_unique<Impl>();
+  CKV_RETURN_IF_ERROR(impl->Start(config));
+  return std::unique_ptr<Server>(new Server(std::move(impl)));
+}
+
+const std::string& Server::address() const { return impl_->address; }
+const std::string& Server::admin_address() const { return impl_->admin_address; }
+int Server::port() const { return impl_->port; }
+int Server::admin_port() const { return impl_->admin_port; }
+int Server::metrics_port() const {
+  return impl_->metrics_endpoint == nullptr ? 0 : impl_->metrics_endpoint->port();
+}
+Shard& Server::shard() { return *impl_->shard; }
+
+std::shared_ptr<grpc::Channel> Server::InProcessChannel() {
+  grpc::ChannelArguments arguments;
+  arguments.SetMaxReceiveMessageSize(kMaxMessageBytes);
+  return impl_->data.server->InProcessChannel(arguments);
+}
+
+std::shared_ptr<grpc::Channel> Server::InProcessAdminChannel() {
+  return impl_->admin.server->InProcessChannel(grpc::ChannelArguments());
+}
+
+void Server::BeginDrain() { impl_->BeginDrain(); }
+
+bool Server::Drain() {
+  impl_->NotServing();
+  absl::SleepFor(impl_->drain_delay);
+  impl_->BeginDrain();
+  const absl::Time limit = absl::Now() + impl_->drain_timeout;
+  while (!impl_->shard->Idle()) {
+    if (absl::Now() >= limit) return false;
+    absl::SleepFor(kDrainPoll);
+  }
+  return true;
+}
+
+void Server::Shutdown(absl::Duration grace) { impl_->Shutdown(grace); }
+
+std::string VersionText() {
+  return std::string("clusterkv-server ") + CLUSTERKV_VERSION + "\ngRPC " + grpc::Version() +
+         ", Protobuf " + std::to_string(GOOGLE_PROTOBUF_VERSION / 1000000) + "." +
+         std::to_string(GOOGLE_PROTOBUF_VERSION / 1000 % 1000) + "." +
+         std::to_string(GOOGLE_PROTOBUF_VERSION % 1000) + "\n";
+}
+
+}  // namespace clusterkv::cache_service

@@ -1,0 +1,72 @@
+// The server: a shard behind its ports.
+//
+// Data port: CacheService, SessionService. Admin port: AdminService. Both: grpc.health.v1 (services
+// "", "liveness", "readiness") and reflection. /metrics where asked for.
+//
+//   state      health ""/readiness   new sequences, sessions   calls
+//   serving    SERVING               taken                     answered
+//   draining   NOT_SERVING           DRAINING                  answered
+//   shut       -                     -                         refused; streams ended with DRAINING
+//
+// Thread-safe. gRPC and the metrics library stay out of this header.
+#ifndef CLUSTERKV_CACHE_SERVICE_SERVER_H_
+#define CLUSTERKV_CACHE_SERVICE_SERVER_H_
+
+#include <cstdint>
+#include <memory>
+#include <string>
+
+#include "absl/status/statusor.h"
+#include "absl/time/time.h"
+#include "cache_service/config.h"
+#include "cache_service/shard.h"
+
+namespace grpc {
+class Channel;
+}
+
+namespace clusterkv::cache_service {
+
+class Server {
+ public:
+  // Allocates the arena, binds the ports, serves. When it returns calls are answered.
+  // Errors: Unavailable when an address cannot be bound; as Shard::Create.
+  static absl::StatusOr<std::unique_ptr<Server>> Start(const Config& config);
+  // Shuts down at once, if Shutdown was not called.
+  ~Server();
+
+  // As bound: with the real port where port 0 was asked for.
+  const std::string& address() const;
+  const std::string& admin_address() const;
+  int port() const;
+  int admin_port() const;
+  int metrics_port() const;  // 0: no /metrics
+
+  // Channels to the data and the admin port of this very process, without sockets.
+  std::shared_ptr<grpc::Channel> InProcessChannel();
+  std::shared_ptr<grpc::Channel> InProcessAdminChannel();
+
+  // Says NOT_SERVING, refuses new sequences, attachments and sessions, tells open sessions. Does
+  // not block; idempotent.
+  void BeginDrain();
+  // The whole orderly end but Shutdown: NOT_SERVING, drain_delay, BeginDrain, then waits until
+  // nothing is queued or running, up to drain_timeout. Returns whether it got there. Blocks.
+  bool Drain();
+  // Ends open streams with DRAINING, gives other calls `grace` to end, and closes everything.
+  // Blocks; idempotent.
+  void Shutdown(absl::Duration grace = absl::Milliseconds(500));
+
+  Shard& shard();
+
+ private:
+  struct Impl;
+  explicit Server(std::unique_ptr<Impl> impl);
+  std::unique_ptr<Impl> impl_;
+};
+
+// The project's version, and the libraries' that it was built with.
+std::string VersionText();
+
+}  // namespace clusterkv::cache_service
+
+#endif  // CLUSTERKV_CACHE_SERVICE_SERVER_H_
