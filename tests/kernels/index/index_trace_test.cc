@@ -59,15 +59,11 @@ class IndexTraceTest : public ::testing::TestWithParam<int> {
     return part;
   }
 
-  float Key(int64_t token, int64_t head, int64_t d) const {
-    const int64_t bytes = ElementBytes(trace_.shape.element_type);
-    const int64_t at = (token * trace_.shape.kv_heads + head) * trace_.shape.head_dim + d;
-    return LoadElement(&trace_.keys[at * bytes], trace_.shape.element_type);
-  }
-  float Query(int64_t query, int64_t query_head, int64_t d) const {
-    const int64_t bytes = ElementBytes(trace_.shape.element_type);
-    const int64_t at = (query * trace_.shape.query_heads + query_head) * trace_.shape.head_dim + d;
-    return LoadElement(&trace_.q[at * bytes], trace_.shape.element_type);
+  // [.., head_dim] as float.
+  std::vector<float> Floats(const std::vector<std::byte>& bytes) const {
+    std::vector<float> floats(bytes.size() / ElementBytes(trace_.shape.element_type));
+    ToFloat(bytes.data(), trace_.shape.element_type, floats.size(), floats.data());
+    return floats;
   }
 
   worker::TraceLayer trace_;
@@ -77,10 +73,12 @@ TEST_P(IndexTraceTest, CentroidDotQueryIsTheMeanOfItsMembersLogits) {
   const auto built = BuildPrompt(IndexParams(), SerialFor);
   const IndexPartView part = built->view();
   const int64_t dim = trace_.shape.head_dim;
+  const std::vector<float> keys = Floats(trace_.keys), queries = Floats(trace_.q);
   for (int64_t query = 0; query < trace_.queries; query += 97) {
     for (int64_t query_head = 0; query_head < trace_.shape.query_heads; ++query_head) {
       const int64_t head = query_head / trace_.shape.group();
       const float* weight = part.channels.As<float>(head);
+      const float* q = &queries[(query * trace_.shape.query_heads + query_head) * dim];
       for (int64_t c = 0; c < part.clusters; ++c) {
         const int32_t begin = *part.cluster_begin.As<int32_t>(head * (part.clusters + 1) + c);
         const int32_t end = *part.cluster_begin.As<int32_t>(head * (part.clusters + 1) + c + 1);
@@ -88,14 +86,15 @@ TEST_P(IndexTraceTest, CentroidDotQueryIsTheMeanOfItsMembersLogits) {
         double mean = 0, size = 0, estimate = 0;
         for (int32_t slot = begin; slot < end; ++slot) {
           const int32_t position = *part.positions.As<int32_t>(head * part.tokens + slot);
+          const float* key = &keys[(position * trace_.shape.kv_heads + head) * dim];
           for (int64_t d = 0; d < dim; ++d) {
-            const double product = Query(query, query_head, d) * Key(position, head, d);
+            const double product = static_cast<double>(q[d]) * key[d];
             mean += product / (end - begin);
             size += std::abs(product) / (end - begin);
           }
         }
         for (int64_t d = 0; d < dim; ++d) {
-          estimate += static_cast<double>(Query(query, query_head, d)) / weight[d] *
+          estimate += static_cast<double>(q[d]) / weight[d] *
                       part.centroids.As<float>(head * part.clusters + c)[d];
         }
         // Weighted keys and centroid are rounded to float once each, and so is the weight's
