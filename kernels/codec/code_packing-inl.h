@@ -23,11 +23,17 @@ using CodeFloatTag = hn::CappedTag<float, 16>;
 using CodeWordTag = hn::RebindToUnsigned<CodeFloatTag>;
 using CodeWords = hn::Vec<CodeWordTag>;
 
+// Iota by a load: Highway's makes its vector on the stack at each call.
+HWY_INLINE CodeWords LaneNumbers(size_t first) {
+  HWY_ALIGN static constexpr uint32_t kNumbers[kCodeBlockChannels] = {0, 1, 2,  3,  4,  5,  6,  7,
+                                                                      8, 9, 10, 11, 12, 13, 14, 15};
+  return hn::LoadU(CodeWordTag(), kNumbers + first);
+}
+
 // Shifts of the channels [first, first + lanes) of a block.
 template <int kBits>
 HWY_INLINE CodeWords CodeShifts(size_t first) {
-  const CodeWordTag du;
-  const CodeWords channel = hn::Iota(du, static_cast<uint32_t>(first));
+  const CodeWords channel = LaneNumbers(first);
   if constexpr (kBits == 4) {
     return hn::ShiftLeft<2>(hn::ShiftRight<1>(channel));
   } else {
@@ -59,7 +65,7 @@ HWY_INLINE CodeWords UnpackCodes(const std::byte* HWY_RESTRICT packed, int64_t c
     if constexpr (kBits == 2) return low;
     uint16_t plane;
     std::memcpy(&plane, packed + channels / 4 + block * 2, 2);
-    const CodeWords lane = hn::Iota(du, static_cast<uint32_t>(first));
+    const CodeWords lane = LaneNumbers(first);
     const CodeWords bit =
         hn::And(hn::Shr(hn::Set(du, static_cast<uint32_t>(plane)), lane), hn::Set(du, 1u));
     return hn::Or(low, hn::ShiftLeft<2>(bit));
@@ -105,7 +111,7 @@ HWY_INLINE void PackBlock(const uint32_t* HWY_RESTRICT codes, std::byte* HWY_RES
       const CodeWords code = hn::LoadU(du, codes + i);
       low = hn::Or(low, hn::Shl(hn::And(code, hn::Set(du, 3u)), CodeShifts<2>(i)));
       if constexpr (kBits == 3) {
-        const CodeWords lane = hn::Iota(du, static_cast<uint32_t>(i));
+        const CodeWords lane = LaneNumbers(i);
         high = hn::Or(high, hn::Shl(hn::ShiftRight<2>(code), lane));
       }
     }

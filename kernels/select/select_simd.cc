@@ -106,11 +106,25 @@ HWY_INLINE void DotGroup(const float* const (&rows)[kTileRows], const float* HWY
 
 constexpr int64_t kMaxGroupHeads = 32;
 
+// The arithmetic on one tile hides the fetching of a later one only if that is asked for: the loads
+// of two tiles do not fit what the processor looks ahead.
+HWY_INLINE void PrefetchBytes(const void* first, int64_t bytes) {
+  constexpr int64_t kLineBytes = 64;
+  const std::byte* line = static_cast<const std::byte*>(first);
+  for (int64_t i = 0; i < bytes; i += kLineBytes) hwy::Prefetch(line + i);
+}
+
 void DotRowsTarget(const float* HWY_RESTRICT matrix, int64_t count, int64_t head_dim,
                    const float* HWY_RESTRICT queries, int64_t group, float* HWY_RESTRICT logits,
                    int64_t stride) {
+  constexpr int64_t kAhead = 8 * kTileRows;
   HWY_ALIGN float dots[kMaxGroupHeads * kTileRows];
   for (int64_t r = 0; r < count; r += kTileRows) {
+    if (r + kAhead < count) {
+      const int64_t rows_ahead = std::min(kTileRows, count - r - kAhead);
+      PrefetchBytes(matrix + (r + kAhead) * head_dim,
+                    rows_ahead * head_dim * static_cast<int64_t>(sizeof(float)));
+    }
     const int64_t valid = std::min(kTileRows, count - r);
     const float* rows[kTileRows];
     for (int64_t i = 0; i < kTileRows; ++i) {
@@ -118,7 +132,12 @@ void DotRowsTarget(const float* HWY_RESTRICT matrix, int64_t count, int64_t head
     }
     DotGroup(rows, queries, head_dim, group, dots);
     for (int64_t g = 0; g < group; ++g) {
-      std::memcpy(logits + g * stride + r, dots + g * kTileRows, valid * sizeof(float));
+      float* HWY_RESTRICT out = logits + g * stride + r;
+      if (valid == kTileRows) {
+        std::memcpy(out, dots + g * kTileRows, kTileRows * sizeof(float));
+      } else {
+        std::copy_n(dots + g * kTileRows, valid, out);
+      }
     }
   }
 }
@@ -182,8 +201,13 @@ HWY_INLINE void ForEachCodeTile(int64_t group_channels, int64_t head_dim, int64_
   Grid grid;
   const int64_t groups = head_dim / group_channels;
   const int64_t packed_at = 8 * groups + half * PackedCodeBytes(kBits, head_dim);
+  const int64_t token_bytes = 8 * groups + 2 * PackedCodeBytes(kBits, head_dim);
+  constexpr int64_t kAhead = 4 * kTileRows;
   const float* rows[kTileRows];
   for (int64_t t = 0; t < count; t += kTileRows) {
+    for (int64_t i = t + kAhead; i < std::min(t + kAhead + kTileRows, count); ++i) {
+      PrefetchBytes(tokens[i], token_bytes);
+    }
     const int64_t valid = std::min(kTileRows, count - t);
     for (int64_t i = 0; i < valid; ++i) {
       LoadGrid(tokens[t + i], groups, 2 * half, &grid);
@@ -267,12 +291,10 @@ HWY_INLINE void SumGroup(const float* const (&rows)[kTileRows], const float* HWY
 void AddWeightedRowsTarget(const float* const* HWY_RESTRICT matrix, int64_t count, int64_t head_dim,
                            const float* HWY_RESTRICT weights, int64_t stride, int64_t group,
                            float* HWY_RESTRICT sums) {
-  // Rows lie anywhere: fetch those of two tiles ahead.
-  constexpr int64_t kAhead = 2 * kTileRows;
-  constexpr int64_t kLineFloats = 16;
+  constexpr int64_t kAhead = 4 * kTileRows;
   for (int64_t r = 0; r < count; r += kTileRows) {
     for (int64_t i = r + kAhead; i < std::min(r + kAhead + kTileRows, count); ++i) {
-      for (int64_t j = 0; j < head_dim; j += kLineFloats) hwy::Prefetch(matrix[i] + j);
+      PrefetchBytes(matrix[i], head_dim * static_cast<int64_t>(sizeof(float)));
     }
     const int64_t valid = std::min(kTileRows, count - r);
     const float* rows[kTileRows];
