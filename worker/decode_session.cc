@@ -179,15 +179,20 @@ absl::Status DecodeSession::Impl::MakeLayers() {
   params.step_tokens = std::max<int64_t>(1, attachment.max_exact_tokens());
   params.steps = std::max<int>(1, static_cast<int>(options.hot_cache.steps()));
   const int64_t row_bytes = head_dim * kernels::ElementBytes(type);
+  const int64_t sinks = std::min<int64_t>(sequence.index().sink_tokens(), sequence.prompt_tokens());
   for (const v1::LayerInfo& info : sequence.layers()) {
     if (info.layer() != layers.size()) {
       return Error(v1::INTERNAL_ERROR,
                    absl::StrCat("layers: expected layer ", layers.size(), ", got ", info.layer()));
     }
+    if (info.window_begin() < sinks || info.tokens() < info.window_begin()) {
+      return Error(v1::INTERNAL_ERROR,
+                   absl::StrCat("layer ", info.layer(), ": window_begin: expected ", sinks, " to ",
+                                info.tokens(), ", got ", info.window_begin()));
+    }
     CKV_ASSIGN_OR_RETURN(LayerCache cache, LayerCache::Create(kv_heads, params, codec,
                                                               codec->RecordBytes(type, head_dim)));
-    layers.push_back({SteadyRows(kv_heads, row_bytes, sequence.index().sink_tokens(), info.tokens(),
-                                 info.window_begin()),
+    layers.push_back({SteadyRows(kv_heads, row_bytes, sinks, info.tokens(), info.window_begin()),
                       std::move(cache), 0, false, RunningDigest(), RunningDigest(),
                       RunningDigest()});
   }
@@ -292,9 +297,8 @@ absl::Status DecodeSession::Impl::TakeSelection(Layer* layer, int64_t index,
                               " of ", result.generation()));
   }
   CKV_RETURN_IF_ERROR(layer->steady.MoveWindow(result.window_begin()));
-  const int64_t sinks =
-      std::min<int64_t>(attachment.sequence().index().sink_tokens(), layer->steady.tokens());
-  CKV_RETURN_IF_ERROR(layer->cache.Begin(result, sinks, layer->steady.window_begin()));
+  CKV_RETURN_IF_ERROR(
+      layer->cache.Begin(result, layer->steady.sinks(), layer->steady.window_begin()));
   return TakeState(result.state());
 }
 

@@ -16,18 +16,17 @@ absl::Status Lost(std::string_view message) { return Error(v1::CHECKSUM_MISMATCH
 
 }  // namespace
 
-SteadyRows::SteadyRows(int64_t kv_heads, int64_t row_bytes, int64_t sink_tokens, int64_t tokens,
+SteadyRows::SteadyRows(int64_t kv_heads, int64_t row_bytes, int64_t sinks, int64_t tokens,
                        int64_t window_begin)
     : kv_heads_(kv_heads),
       row_bytes_(row_bytes),
-      sink_tokens_(sink_tokens),
+      sinks_(sinks),
       tokens_(tokens),
-      // Where all tokens are sinks the window begins behind them, whatever the service calls it.
-      window_begin_(std::clamp(window_begin, sinks(), tokens)),
+      window_begin_(window_begin),
       rows_(kv_heads) {}
 
 int64_t SteadyRows::PositionOf(int64_t row) const {
-  return row < sinks() ? row : row - sinks() + window_begin_;
+  return row < sinks_ ? row : row - sinks_ + window_begin_;
 }
 
 absl::Status SteadyRows::Add(const v1::RecordChunk& chunk) {
@@ -67,7 +66,6 @@ absl::Status SteadyRows::CheckComplete() const {
 void SteadyRows::Append(absl::Span<const std::byte> key, absl::Span<const std::byte> value) {
   CKV_CHECK(static_cast<int64_t>(key.size()) == kv_heads_ * row_bytes_ &&
             key.size() == value.size());
-  const bool sink = tokens_ < sink_tokens_;  // then the window is still empty
   for (int64_t h = 0; h < kv_heads_; ++h) {
     const std::byte* k = key.data() + h * row_bytes_;
     const std::byte* v = value.data() + h * row_bytes_;
@@ -75,20 +73,18 @@ void SteadyRows::Append(absl::Span<const std::byte> key, absl::Span<const std::b
     rows_[h].insert(rows_[h].end(), v, v + row_bytes_);
   }
   ++tokens_;
-  if (sink) window_begin_ = tokens_;
 }
 
 absl::Status SteadyRows::MoveWindow(int64_t window_begin) {
-  const int64_t begin = std::max(window_begin, sinks());
-  if (begin < window_begin_ || begin > tokens_) {
+  if (window_begin < window_begin_ || window_begin > tokens_) {
     return Error(v1::INTERNAL_ERROR, absl::StrCat("window_begin: expected ", window_begin_, " to ",
                                                   tokens_, ", got ", window_begin));
   }
-  dropped_ += begin - window_begin_;
-  window_begin_ = begin;
+  dropped_ += window_begin - window_begin_;
+  window_begin_ = window_begin;
   if (dropped_ < std::max<int64_t>(64, tokens_ - window_begin_)) return absl::OkStatus();
   for (std::vector<std::byte>& rows : rows_) {
-    const auto front = rows.begin() + sinks() * 2 * row_bytes_;
+    const auto front = rows.begin() + sinks_ * 2 * row_bytes_;
     rows.erase(front, front + dropped_ * 2 * row_bytes_);
   }
   dropped_ = 0;
@@ -98,9 +94,15 @@ absl::Status SteadyRows::MoveWindow(int64_t window_begin) {
 std::vector<kernels::RawRun> SteadyRows::Runs(int64_t kv_head) const {
   const std::byte* rows = rows_[kv_head].data();
   const int64_t stride = 2 * row_bytes_;
-  const std::byte* window = rows + (sinks() + dropped_) * stride;
-  return {{rows, rows + row_bytes_, stride, stride, sinks()},
-          {window, window + row_bytes_, stride, stride, tokens_ - window_begin_}};
+  std::vector<kernels::RawRun> runs;
+  const auto add = [&](int64_t first_row, int64_t tokens) {
+    if (tokens == 0) return;
+    const std::byte* first = rows + first_row * stride;
+    runs.push_back({first, first + row_bytes_, stride, stride, tokens});
+  };
+  add(0, sinks_);
+  add(sinks_ + dropped_, tokens_ - window_begin_);
+  return runs;
 }
 
 }  // namespace clusterkv::worker

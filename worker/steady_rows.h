@@ -5,7 +5,6 @@
 #ifndef CLUSTERKV_WORKER_STEADY_ROWS_H_
 #define CLUSTERKV_WORKER_STEADY_ROWS_H_
 
-#include <algorithm>
 #include <cstddef>
 #include <cstdint>
 #include <vector>
@@ -32,23 +31,23 @@ class SteadyRows {
 
   // The next token's K and V of all heads [kv_heads, row_bytes].
   void Append(absl::Span<const std::byte> key, absl::Span<const std::byte> value);
-  // Tokens before window_begin that are no sinks are clustered by now: their rows go.
+  // Tokens before window_begin are clustered by now: their rows go, but for sinks.
   // Errors: Internal when the window would grow backwards or end before it begins.
   absl::Status MoveWindow(int64_t window_begin);
 
   // Sinks and window of one head. Valid until the next change.
   std::vector<kernels::RawRun> Runs(int64_t kv_head) const;
 
+  int64_t sinks() const { return sinks_; }
   int64_t tokens() const { return tokens_; }
   int64_t window_begin() const { return window_begin_; }
   int64_t held_bytes() const { return kv_heads_ * 2 * row_bytes_ * held_tokens(); }
 
  private:
-  int64_t sinks() const { return std::min(sink_tokens_, tokens_); }
-  int64_t held_tokens() const { return sinks() + tokens_ - window_begin_; }
+  int64_t held_tokens() const { return sinks_ + tokens_ - window_begin_; }
   int64_t PositionOf(int64_t row) const;
 
-  int64_t kv_heads_, row_bytes_, sink_tokens_;
+  int64_t kv_heads_, row_bytes_, sinks_;
   int64_t tokens_, window_begin_;
   // By head: K and V of each token in turn. Window rows that were dropped stay until they are many.
   std::vector<std::vector<std::byte>> rows_;

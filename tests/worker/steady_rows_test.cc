@@ -117,18 +117,22 @@ TEST(SteadyRowsTest, WindowMovesOverClusteredTokens) {
   }
 }
 
-TEST(SteadyRowsTest, ShortPromptsGrowTheirSinksFirst) {
-  SteadyRows rows(kHeads, kRowBytes, 4, 2, 0);
+TEST(SteadyRowsTest, ShortPromptIsAllSinks) {
+  SteadyRows rows(kHeads, kRowBytes, 2, 2, 2);
   for (int64_t h = 0; h < kHeads; ++h) ASSERT_TRUE(rows.Add(Chunk(h, {0, 1})).ok());
   ASSERT_TRUE(rows.CheckComplete().ok());
   for (int64_t token = 2; token < 7; ++token) {
     AppendToken(rows, token);
-    ASSERT_TRUE(rows.MoveWindow(2).ok());
     ExpectHolds(rows, Range(0, token + 1));
   }
-  EXPECT_EQ(rows.window_begin(), 4);
   ASSERT_TRUE(rows.MoveWindow(6).ok());
-  ExpectHolds(rows, {0, 1, 2, 3, 6});
+  ExpectHolds(rows, {0, 1, 6});
+}
+
+TEST(SteadyRowsTest, NothingHeldIsNoRun) {
+  const SteadyRows rows(kHeads, kRowBytes, 0, 5, 5);
+  EXPECT_TRUE(rows.CheckComplete().ok());
+  EXPECT_TRUE(rows.Runs(1).empty());
 }
 
 }  // namespace

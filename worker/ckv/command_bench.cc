@@ -9,10 +9,10 @@
 #include "worker/ckv/connection.h"
 #include "worker/ckv/exit_code.h"
 #include "worker/ckv/load.h"
+#include "worker/ckv/prefill.h"
 #include "worker/ckv/svg.h"
 #include "worker/ckv/synthetic.h"
 #include "worker/ckv/terminal.h"
-#include "worker/prefill_writer.h"
 
 namespace clusterkv::worker::ckv {
 namespace {
@@ -148,7 +148,7 @@ class PutCaller : public Caller {
     CKV_ASSIGN_OR_RETURN(const v1::Sequence opened, client_->OpenSequence(request));
     SequenceGuard guard(client_, opened.handle());
     CKV_ASSIGN_OR_RETURN(auto writer, PrefillWriter::Create(client_, opened));
-    CKV_RETURN_IF_ERROR(writer->Put(0, 0, layer_.tokens, layer_.keys, layer_.values, {}));
+    CKV_RETURN_IF_ERROR(PutPrompt(writer.get(), 0, layer_, layer_.tokens));
     CKV_RETURN_IF_ERROR(writer->Finish().status());
     return guard.Release();
   }

@@ -6,9 +6,9 @@
 #include "worker/ckv/command.h"
 #include "worker/ckv/connection.h"
 #include "worker/ckv/exit_code.h"
+#include "worker/ckv/prefill.h"
 #include "worker/ckv/synthetic.h"
 #include "worker/ckv/terminal.h"
-#include "worker/prefill_writer.h"
 
 namespace clusterkv::worker::ckv {
 namespace {
@@ -123,16 +123,10 @@ class SeedCommand : public Command {
   }
 
   absl::Status PutLayer(PrefillWriter* writer, int64_t sequence, int64_t l) const {
-    if (!trace_layers_.empty()) return Put(writer, l, trace_layers_[l]);
+    if (!trace_layers_.empty()) return PutPrompt(writer, l, trace_layers_[l], tokens_);
     // The queries are there for their statistics alone.
-    return Put(writer, l, MakeSyntheticLayer(Shape(), tokens_, 64, LayerSeed(sequence, l)));
-  }
-
-  absl::Status Put(PrefillWriter* writer, int64_t l, const TraceLayer& layer) const {
-    const int64_t bytes = layer.keys.size() / layer.tokens * tokens_;
-    CKV_RETURN_IF_ERROR(writer->WaitForRoom(2 * bytes));
-    return writer->Put(l, 0, tokens_, absl::MakeConstSpan(layer.keys).subspan(0, bytes),
-                       absl::MakeConstSpan(layer.values).subspan(0, bytes), layer.query_rms);
+    const TraceLayer layer = MakeSyntheticLayer(Shape(), tokens_, 64, LayerSeed(sequence, l));
+    return PutPrompt(writer, l, layer, tokens_);
   }
 
   std::string QueryJson() const {

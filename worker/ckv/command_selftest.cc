@@ -11,10 +11,10 @@
 #include "worker/ckv/command.h"
 #include "worker/ckv/connection.h"
 #include "worker/ckv/exit_code.h"
+#include "worker/ckv/prefill.h"
 #include "worker/ckv/replay.h"
 #include "worker/ckv/synthetic.h"
 #include "worker/ckv/terminal.h"
-#include "worker/prefill_writer.h"
 
 namespace clusterkv::worker::ckv {
 namespace {
@@ -156,8 +156,7 @@ class SelftestCommand : public Command {
     SequenceGuard guard(client_.get(), opened.handle());
     CKV_ASSIGN_OR_RETURN(auto writer, PrefillWriter::Create(client_.get(), opened));
     for (int64_t l = 0; l < kLayers; ++l) {
-      const TraceLayer& layer = trace_.layers[l];
-      CKV_RETURN_IF_ERROR(writer->Put(l, 0, kTokens, layer.keys, layer.values, layer.query_rms));
+      CKV_RETURN_IF_ERROR(PutPrompt(writer.get(), l, trace_.layers[l], kTokens));
     }
     CKV_ASSIGN_OR_RETURN(v1::Sequence ready, writer->Finish());
     guard.Dismiss();

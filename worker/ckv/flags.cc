@@ -8,6 +8,7 @@
 #include <utility>
 
 #include "worker/ckv/exit_code.h"
+#include "worker/ckv/terminal.h"
 
 namespace clusterkv::worker::ckv {
 namespace {
@@ -281,8 +282,8 @@ std::string FlagSet::HelpText() const {
   std::string text;
   const auto line = [&](std::string left, const std::string& right) {
     left = "  " + left;
-    left.append(left.size() < kColumn ? kColumn - left.size() : 0, ' ');
-    if (left.size() > kColumn || left.back() != ' ') left += "\n" + std::string(kColumn, ' ');
+    const size_t width = DisplayWidth(left);
+    left += width < kColumn ? std::string(kColumn - width, ' ') : "\n" + std::string(kColumn, ' ');
     text += left + right + "\n";
   };
   if (positional_ != nullptr) line(positional_meta_, positional_help_);

@@ -13,8 +13,8 @@
 #include "absl/time/clock.h"
 #include "kernels/base/status_macros.h"
 #include "worker/ckv/connection.h"
+#include "worker/ckv/prefill.h"
 #include "worker/decode_session.h"
-#include "worker/prefill_writer.h"
 
 namespace clusterkv::worker::ckv {
 namespace {
@@ -88,17 +88,10 @@ v1::OpenSequenceRequest OpenRequest(const ReplayTrace& trace, const ReplayOption
 absl::StatusOr<v1::Sequence> Prefill(Client* client, const ReplayTrace& trace,
                                      const v1::Sequence& opened, const ReplayProgress& progress) {
   CKV_ASSIGN_OR_RETURN(auto writer, PrefillWriter::Create(client, opened));
-  const int64_t prompt = trace.prompt_tokens();
-  const int64_t prompt_bytes = prompt * trace.shape().kv_heads * trace.shape().head_dim *
-                               kernels::ElementBytes(trace.shape().element_type);
   const int64_t layers = static_cast<int64_t>(trace.layers.size());
   for (int64_t l = 0; l < layers; ++l) {
-    const TraceLayer& layer = trace.layers[l];
     if (progress) progress("prefill", l, layers);
-    CKV_RETURN_IF_ERROR(writer->WaitForRoom(2 * prompt_bytes));
-    CKV_RETURN_IF_ERROR(
-        writer->Put(l, 0, prompt, absl::MakeConstSpan(layer.keys).subspan(0, prompt_bytes),
-                    absl::MakeConstSpan(layer.values).subspan(0, prompt_bytes), layer.query_rms));
+    CKV_RETURN_IF_ERROR(PutPrompt(writer.get(), l, trace.layers[l], trace.prompt_tokens()));
   }
   if (progress) progress("cluster", layers, layers);
   return writer->Finish();

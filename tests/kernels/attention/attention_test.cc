@@ -38,6 +38,7 @@ class Tokens {
 
   // Keys and values interleaved, so that strides matter.
   RawRun Raw(int64_t begin, int64_t end) const {
+    if (begin == end) return {};
     const int64_t row = head_dim_ * ElementBytes(type_);
     const std::byte* first = rows_.data() + 2 * begin * row;
     return {first, first + row, 2 * row, 2 * row, end - begin};
