@@ -1,0 +1,343 @@
+// What the CUDA kernels share: launching, warp and block collectives, matrix instructions.
+//
+// Everything that is more than C++ is wrapped here, so that the kernels also compile against
+// tests/gpu/emulator and run on a CPU. Collectives are called by all threads of the warp or block.
+#ifndef CLUSTERKV_KERNELS_BASE_CUDA_UTIL_CUH_
+#define CLUSTERKV_KERNELS_BASE_CUDA_UTIL_CUH_
+
+#include <cuda_runtime.h>
+
+#ifndef CLUSTERKV_CUDA_EMULATOR
+#include <cuda_bf16.h>
+#include <cuda_fp16.h>
+#endif
+
+#include <cstdint>
+
+#include "kernels/base/element_type.h"
+
+namespace clusterkv::kernels::cuda {
+
+constexpr int kWarp = 32;
+constexpr unsigned kFullMask = 0xffffffffu;
+constexpr float kLog2E = 1.4426950408889634f;
+constexpr float kLn2 = 0.6931471805599453f;
+
+// ---- launching
+// -----------------------------------------------------------------------------------
+
+// Launches `kernel` on `stream`; clusters of `cluster_blocks` blocks along x when more than 1
+// (compute capability 9.0). Raises the kernel's dynamic shared memory limit where needed.
+template <typename... Params, typename... Args>
+cudaError_t Launch(void (*kernel)(Params...), dim3 grid, dim3 block, size_t shared_bytes,
+                   int cluster_blocks, cudaStream_t stream, Args... args) {
+  if (grid.x == 0 || grid.y == 0 || grid.z == 0) return cudaSuccess;
+#ifdef CLUSTERKV_CUDA_EMULATOR
+  (void)stream;
+  std::tuple<Params...> bound(static_cast<Params>(args)...);
+  cuda_emulator::Launch(grid, block, shared_bytes, cluster_blocks,
+                        [&] { std::apply(kernel, bound); });
+  return cudaSuccess;
+#else
+  if (shared_bytes > 48 * 1024) {
+    const cudaError_t error = cudaFuncSetAttribute(reinterpret_cast<const void*>(kernel),
+                                                   cudaFuncAttributeMaxDynamicSharedMemorySize,
+                                                   static_cast<int>(shared_bytes));
+    if (error != cudaSuccess) return error;
+  }
+  cudaLaunchConfig_t config = {};
+  config.gridDim = grid;
+  config.blockDim = block;
+  config.dynamicSmemBytes = shared_bytes;
+  config.stream = stream;
+  cudaLaunchAttribute attribute = {};
+  if (cluster_blocks > 1) {
+    if (cluster_blocks > 8) {
+      const cudaError_t error = cudaFuncSetAttribute(
+          reinterpret_cast<const void*>(kernel), cudaFuncAttributeNonPortableClusterSizeAllowed, 1);
+      if (error != cudaSuccess) return error;
+    }
+    attribute.id = cudaLaunchAttributeClusterDimension;
+    attribute.val.clusterDim.x = cluster_blocks;
+    attribute.val.clusterDim.y = 1;
+    attribute.val.clusterDim.z = 1;
+    config.attrs = &attribute;
+    config.numAttrs = 1;
+  }
+  return cudaLaunchKernelEx(&config, kernel, static_cast<Params>(args)...);
+#endif
+}
+
+#define CKV_RETURN_IF_CUDA_ERROR(expr)                                    \
+  do {                                                                    \
+    if (const cudaError_t ckv_error = (expr); ckv_error != cudaSuccess) { \
+      return ckv_error;                                                   \
+    }                                                                     \
+  } while (false)
+
+#if defined(__CUDACC__) || defined(CLUSTERKV_CUDA_EMULATOR)
+
+// ---- shared memory, clusters
+// -----------------------------------------------------------------------
+
+__device__ __forceinline__ unsigned char* SharedMemory() {
+#ifdef CLUSTERKV_CUDA_EMULATOR
+  return cuda_emulator::SharedMemory();
+#else
+  extern __shared__ __align__(1024) unsigned char ckv_shared_memory[];
+  return ckv_shared_memory;
+#endif
+}
+
+// Barrier over all threads of the cluster; global and shared writes before it are seen after it.
+// With clusters of one block: __syncthreads.
+__device__ __forceinline__ void ClusterSync(int cluster_blocks) {
+#ifdef CLUSTERKV_CUDA_EMULATOR
+  if (cluster_blocks > 1) {
+    cuda_emulator::SyncCluster();
+  } else {
+    __syncthreads();
+  }
+#else
+  if (cluster_blocks > 1) {
+#if __CUDA_ARCH__ >= 900
+    __threadfence();
+    asm volatile(
+        "barrier.cluster.arrive.release.aligned;\nbarrier.cluster.wait.acquire.aligned;\n" ::
+            : "memory");
+#endif
+  } else {
+    __syncthreads();
+  }
+#endif
+}
+
+// ---- numbers
+// -------------------------------------------------------------------------------------------
+
+// 2^x; 2^-infinity is 0. Relative error below 2^-22.
+__device__ __forceinline__ float Exp2(float x) {
+#ifdef CLUSTERKV_CUDA_EMULATOR
+  return std::exp2(x);
+#else
+  float y;
+  asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
+  return y;
+#endif
+}
+
+__device__ __forceinline__ float HalfBitsToFloat(uint16_t half) {
+#ifdef CLUSTERKV_CUDA_EMULATOR
+  return HalfToFloat(half);
+#else
+  return __half2float(__ushort_as_half(half));
+#endif
+}
+
+__device__ __forceinline__ uint16_t FloatToHalfBits(float value) {  // nearest even
+#ifdef CLUSTERKV_CUDA_EMULATOR
+  return FloatToHalf(value);
+#else
+  return __half_as_ushort(__float2half_rn(value));
+#endif
+}
+
+__device__ __forceinline__ float BFloat16BitsToFloat(uint16_t value) {
+  return __uint_as_float(static_cast<uint32_t>(value) << 16);
+}
+
+__device__ __forceinline__ uint32_t PackHalves(float low, float high) {
+  return static_cast<uint32_t>(FloatToHalfBits(low)) | static_cast<uint32_t>(FloatToHalfBits(high))
+                                                           << 16;
+}
+
+// Splits a and b in halves that sum to them within 2^-22 of their size: hi and lo each hold a's in
+// the low 16 bits and b's in the high ones.
+__device__ __forceinline__ void SplitHalves(float a, float b, uint32_t* hi, uint32_t* lo) {
+  const uint16_t a_hi = FloatToHalfBits(a), b_hi = FloatToHalfBits(b);
+  *hi = static_cast<uint32_t>(a_hi) | static_cast<uint32_t>(b_hi) << 16;
+  *lo = PackHalves(a - HalfBitsToFloat(a_hi), b - HalfBitsToFloat(b_hi));
+}
+
+__device__ __forceinline__ float LoadAsFloat(const void* row, ElementType type, int index) {
+  if (type == ElementType::kFloat32) return static_cast<const float*>(row)[index];
+  const uint16_t bits = static_cast<const uint16_t*>(row)[index];
+  return type == ElementType::kFloat16 ? HalfBitsToFloat(bits) : BFloat16BitsToFloat(bits);
+}
+
+__device__ __forceinline__ uint16_t FloatToBFloat16Bits(float value) {  // nearest even
+#ifdef CLUSTERKV_CUDA_EMULATOR
+  return FloatToBFloat16(value);
+#else
+  return __bfloat16_as_ushort(__float2bfloat16_rn(value));
+#endif
+}
+
+// As SplitHalves, in bf16: within 2^-16.
+__device__ __forceinline__ void SplitBFloat16(float a, float b, uint32_t* hi, uint32_t* lo) {
+  const uint16_t a_hi = FloatToBFloat16Bits(a), b_hi = FloatToBFloat16Bits(b);
+  *hi = static_cast<uint32_t>(a_hi) | static_cast<uint32_t>(b_hi) << 16;
+  *lo = static_cast<uint32_t>(FloatToBFloat16Bits(a - BFloat16BitsToFloat(a_hi))) |
+        static_cast<uint32_t>(FloatToBFloat16Bits(b - BFloat16BitsToFloat(b_hi))) << 16;
+}
+
+// Two bytes (the low ones of each half of `codes`) as halves; two numbers below 16, likewise, as
+// bf16.
+__device__ __forceinline__ uint32_t BytesToHalves(uint32_t codes) {
+  const uint32_t shifted = codes | 0x64006400u;  // 1024 + code
+#ifdef CLUSTERKV_CUDA_EMULATOR
+  return static_cast<uint32_t>(FloatToHalf(HalfToFloat(static_cast<uint16_t>(shifted)) - 1024)) |
+         static_cast<uint32_t>(
+             FloatToHalf(HalfToFloat(static_cast<uint16_t>(shifted >> 16)) - 1024))
+             << 16;
+#else
+  uint32_t result;
+  asm("sub.f16x2 %0, %1, %2;" : "=r"(result) : "r"(shifted), "r"(0x64006400u));
+  return result;
+#endif
+}
+__device__ __forceinline__ uint32_t NibblesToBFloat16(uint32_t codes) {
+  const uint32_t shifted = codes | 0x43004300u;  // 128 + code
+#ifdef CLUSTERKV_CUDA_EMULATOR
+  return static_cast<uint32_t>(
+             FloatToBFloat16(BFloat16ToFloat(static_cast<uint16_t>(shifted)) - 128)) |
+         static_cast<uint32_t>(
+             FloatToBFloat16(BFloat16ToFloat(static_cast<uint16_t>(shifted >> 16)) - 128))
+             << 16;
+#else
+  uint32_t result;  // 1 · shifted - 128: exact, and there since sm_80
+  asm("fma.rn.bf16x2 %0, %1, %2, %3;"
+      : "=r"(result)
+      : "r"(shifted), "r"(0x3f803f80u), "r"(0xc300c300u));
+  return result;
+#endif
+}
+
+// ---- matrix instructions
+// -------------------------------------------------------------------------------
+
+// d [16 × 8] += a [16 × 16] · b [16 × 8], fp16 in, fp32 sums, in the fragments of mma.m16n8k16:
+// with r = lane / 4 and t = lane % 4, a[0..3] are (row, columns) (r, 2t..), (r + 8, 2t..), (r, 2t
+// + 8..), (r + 8, 2t + 8..); b[0..1] are (rows 2t.., column r), (rows 2t + 8.., column r); d[0..3]
+// are (r, 2t), (r, 2t + 1), (r + 8, 2t), (r + 8, 2t + 1).
+#ifdef CLUSTERKV_CUDA_EMULATOR
+template <typename ToFloat>
+void EmulateMma(float (&d)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b1,
+                const ToFloat& to_float) {
+  const uint32_t words[6] = {a[0], a[1], a[2], a[3], b0, b1};
+  uint32_t all[32][8];
+  cuda_emulator::Exchange(kFullMask, words, 6, all);
+  const int r = cuda_emulator::current->lane / 4, t = cuda_emulator::current->lane % 4;
+  for (int i = 0; i < 4; ++i) {
+    const int row = r + (i / 2) * 8, column = 2 * t + i % 2;
+    double sum = d[i];
+    for (int k = 0; k < 16; ++k) {
+      const int a_lane = row % 8 * 4 + k % 8 / 2, b_lane = column * 4 + k % 8 / 2;
+      const uint32_t a_word = all[a_lane][(row / 8) + (k / 8) * 2];
+      const uint32_t b_word = all[b_lane][4 + k / 8];
+      sum += static_cast<double>(to_float(static_cast<uint16_t>(a_word >> (k % 2 * 16)))) *
+             to_float(static_cast<uint16_t>(b_word >> (k % 2 * 16)));
+    }
+    d[i] = static_cast<float>(sum);
+  }
+}
+#endif
+
+__device__ __forceinline__ void MmaHalf(float (&d)[4], const uint32_t (&a)[4], uint32_t b0,
+                                        uint32_t b1) {
+#ifdef CLUSTERKV_CUDA_EMULATOR
+  EmulateMma(d, a, b0, b1, HalfToFloat);
+#else
+  asm volatile(
+      "mma.sync.aligned.m16n8k16.row.col.f32.f16.f16.f32 {%0,%1,%2,%3}, {%4,%5,%6,%7}, {%8,%9}, "
+      "{%0,%1,%2,%3};\n"
+      : "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3])
+      : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1));
+#endif
+}
+
+// As MmaHalf, in bf16.
+__device__ __forceinline__ void MmaBFloat16(float (&d)[4], const uint32_t (&a)[4], uint32_t b0,
+                                            uint32_t b1) {
+#ifdef CLUSTERKV_CUDA_EMULATOR
+  EmulateMma(d, a, b0, b1, BFloat16ToFloat);
+#else
+  asm volatile(
+      "mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32 {%0,%1,%2,%3}, {%4,%5,%6,%7}, {%8,%9}, "
+      "{%0,%1,%2,%3};\n"
+      : "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3])
+      : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1));
+#endif
+}
+
+// ---- asynchronous copies into shared memory
+// ------------------------------------------------------------
+
+__device__ __forceinline__ void CopyAsync16(void* shared, const void* global) {
+#ifdef CLUSTERKV_CUDA_EMULATOR
+  std::memcpy(shared, global, 16);
+#else
+  const uint32_t to = static_cast<uint32_t>(__cvta_generic_to_shared(shared));
+  asm volatile("cp.async.cg.shared.global [%0], [%1], 16;\n" ::"r"(to), "l"(global) : "memory");
+#endif
+}
+__device__ __forceinline__ void CopyAsyncCommit() {
+#ifndef CLUSTERKV_CUDA_EMULATOR
+  asm volatile("cp.async.commit_group;\n" ::: "memory");
+#endif
+}
+template <int kPending>
+__device__ __forceinline__ void CopyAsyncWait() {
+#ifndef CLUSTERKV_CUDA_EMULATOR
+  asm volatile("cp.async.wait_group %0;\n" ::"n"(kPending) : "memory");
+#endif
+}
+
+// ---- warp and block collectives
+// ------------------------------------------------------------------------
+
+__device__ __forceinline__ float WarpSum(float x) {
+#pragma unroll
+  for (int offset = 16; offset > 0; offset /= 2) x += __shfl_xor_sync(kFullMask, x, offset);
+  return x;
+}
+__device__ __forceinline__ float WarpMax(float x) {
+#pragma unroll
+  for (int offset = 16; offset > 0; offset /= 2) {
+    x = fmaxf(x, __shfl_xor_sync(kFullMask, x, offset));
+  }
+  return x;
+}
+// Sum over the lanes up to and with this one.
+__device__ __forceinline__ int WarpInclusiveSum(int x) {
+  const int lane = static_cast<int>(threadIdx.x) % kWarp;
+#pragma unroll
+  for (int offset = 1; offset < kWarp; offset *= 2) {
+    const int y = __shfl_up_sync(kFullMask, x, offset);
+    if (lane >= offset) x += y;
+  }
+  return x;
+}
+
+// Sums 32 values of each lane over the lanes: lane i ends with the sum of values[i]. A fixed order.
+template <int kHalf = 16>
+__device__ __forceinline__ float WarpTransposeSum(float (&values)[32]) {
+  if constexpr (kHalf == 0) {
+    return values[0];
+  } else {
+    const bool upper = (threadIdx.x & kHalf) != 0;
+#pragma unroll
+    for (int i = 0; i < kHalf; ++i) {
+      const float keep = upper ? values[i + kHalf] : values[i];
+      const float give = upper ? values[i] : values[i + kHalf];
+      values[i] = keep + __shfl_xor_sync(kFullMask, give, kHalf);
+    }
+    return WarpTransposeSum<kHalf / 2>(values);
+  }
+}
+
+#endif  // __CUDACC__ || CLUSTERKV_CUDA_EMULATOR
+
+}  // namespace clusterkv::kernels::cuda
+
+#endif  // CLUSTERKV_KERNELS_BASE_CUDA_UTIL_CUH_

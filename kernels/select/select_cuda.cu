@@ -1,0 +1,1109 @@
+// The fused select kernel: one thread-block cluster of `blocks` blocks per (sequence, KV head)
+// pair.
+//
+//   1  scores of the centroids            each block its share of the clusters
+//      -- barrier of the cluster
+//   2  softmax, rank, clusters to score   every block all of it: cheaper than to share
+//   3  scores of their tokens by codes    each block its share of the tokens, on the matrix unit
+//      -- barrier
+//   4  softmax, exact zone                every block all of it; block 0 writes it out
+//   5  coded and estimated state          each block its share
+//      -- barrier
+//   6  sum of the blocks' states
+//
+// Logits are kept in units of log2, so that exp2 does.
+#include "kernels/base/cuda_util.cuh"
+#include "kernels/codec/code_packing.cuh"
+#include "kernels/select/select_cuda.h"
+#include "kernels/select/threshold.cuh"
+
+namespace clusterkv::kernels {
+namespace {
+
+using namespace cuda;  // NOLINT: device helpers
+
+constexpr int kThreads = 512;
+constexpr int kWarps = kThreads / kWarp;
+constexpr int kChunk = 128;  // channels that a warp's accumulators hold at a time
+constexpr int kTile = 16;    // tokens of one matrix product
+constexpr float kNegativeInfinity = -__builtin_huge_valf();
+
+// What the launcher works out from SelectCudaParams.
+struct Plan {
+  SelectCudaParams params;
+  CodesLayout codes;
+  int blocks;       // per pair
+  int head_blocks;  // ceil(group / 8)
+  int room;         // tokens to take clusters for
+  int exact_room;   // exact tokens besides sinks when refining: budget (sinks are subtracted per
+                    // pair)
+  bool refine;      // score by codes
+  int max_listed;   // touched clusters at most: min(max_clusters, room)
+  int max_estimated;
+  int max_exact;  // capacity of the exact list
+  int64_t shared_bytes;
+  // Workspace, offsets in bytes.
+  int64_t pair_bytes, block_bytes;
+  int64_t cluster_scores, sink_scores, token_scores, states;  // in the pair's part
+};
+
+__host__ __device__ constexpr int64_t Align(int64_t bytes) { return (bytes + 127) / 128 * 128; }
+
+// ---- a block's arrays
+// ------------------------------------------------------------------------------
+
+// Hands out arrays from shared memory while it lasts, then from the block's part of the workspace.
+// Every thread of every block makes the same calls, so all agree. On the host: counts.
+struct Bump {
+  unsigned char* shared;
+  unsigned char* spill;
+  int64_t shared_left;
+  int64_t spilled;
+  int64_t used;
+
+  template <typename T>
+  __host__ __device__ T* Take(int64_t count) {
+    const int64_t bytes = Align(count * static_cast<int64_t>(sizeof(T)));
+    if (bytes <= shared_left) {
+      shared_left -= bytes;
+      used += bytes;
+      T* at = reinterpret_cast<T*>(shared);
+      shared += bytes;
+      return at;
+    }
+    T* at = reinterpret_cast<T*>(spill);
+    spill += bytes;
+    spilled += bytes;
+    return at;
+  }
+};
+
+struct Arrays {
+  ThresholdScratch* threshold;
+  float* reduce;       // [kWarps]
+  int* flags;          // [8]: small shared words
+  uint4* query_hi_lo;  // [head_blocks, D / 16, 32]: fragments of the balanced query, hi (x, y), lo
+                       // (z, w)
+  float* query;        // [group, D]: weighted query, times scale and log2 e
+  float* query_sums;   // [head_blocks * 8, groups]: of the balanced query over each scale group
+  float* inverse_v;    // [D]: 1 / V balance
+  float* query_unit;   // [head_blocks * 8]: what hi and lo were divided by, times 2^24
+  float* head_max;     // [group]
+  float* head_sum;     // [group]; of a softmax whose ranks are wanted: its log2-sum-exp2
+  uint32_t* cluster_keys;      // [max_clusters]: RankKey
+  int* cluster_sizes;          // [max_clusters]
+  int* listed;                 // [max_listed]: touched clusters, ascending
+  int* listed_start;           // [max_listed + 1]: first of its tokens among the scored tokens
+  int* listed_slot;            // [max_listed]: its first slot
+  int* listed_part;            // [max_listed]
+  uint16_t* token_entry;       // [room]: index into listed
+  uint32_t* token_keys;        // [room]
+  int* exact_token;            // [max_exact]
+  int* exact_position;         // [max_exact]
+  unsigned char* token_exact;  // [room]
+  int* estimated;              // [max_estimated]
+  float* token_weights;        // [group, room]
+  float* listed_weights;       // [group, max_listed]
+  float* estimated_weights;    // [group, max_estimated]
+  float* partial;              // [kWarps, group, D]
+  float* partial_low;          // [kWarps, 8, groups]
+};
+
+__host__ __device__ Arrays MakeArrays(const Plan& plan, Bump& bump) {
+  const SelectCudaParams& p = plan.params;
+  const int64_t heads = plan.head_blocks * 8;
+  const int64_t groups = plan.codes.groups;
+  Arrays a;
+  a.threshold = bump.Take<ThresholdScratch>(1);
+  a.reduce = bump.Take<float>(kWarps);
+  a.flags = bump.Take<int>(8);
+  a.head_max = bump.Take<float>(p.group);
+  a.head_sum = bump.Take<float>(p.group);
+  a.query_unit = bump.Take<float>(heads);
+  a.inverse_v = bump.Take<float>(p.head_dim);
+  a.query = bump.Take<float>(static_cast<int64_t>(p.group) * p.head_dim);
+  a.query_sums = bump.Take<float>(heads * groups);
+  a.query_hi_lo = bump.Take<uint4>(plan.refine ? plan.head_blocks * (p.head_dim / 16) * 32 : 0);
+  a.cluster_keys = bump.Take<uint32_t>(p.max_clusters);
+  a.cluster_sizes = bump.Take<int>(p.max_clusters);
+  a.listed = bump.Take<int>(plan.max_listed);
+  a.listed_start = bump.Take<int>(plan.max_listed + 1);
+  a.listed_slot = bump.Take<int>(plan.max_listed);
+  a.listed_part = bump.Take<int>(plan.max_listed);
+  a.token_entry = bump.Take<uint16_t>(plan.room);
+  a.token_keys = bump.Take<uint32_t>(plan.room);
+  a.exact_token = bump.Take<int>(plan.max_exact);
+  a.exact_position = bump.Take<int>(plan.max_exact);
+  a.token_exact = bump.Take<unsigned char>(plan.room);
+  a.estimated = bump.Take<int>(plan.max_estimated);
+  a.partial_low = bump.Take<float>(plan.refine ? kWarps * 8 * groups : 0);
+  a.partial = bump.Take<float>(static_cast<int64_t>(kWarps) * p.group * p.head_dim);
+  a.token_weights = bump.Take<float>(plan.refine ? static_cast<int64_t>(p.group) * plan.room : 0);
+  a.listed_weights =
+      bump.Take<float>(plan.refine ? static_cast<int64_t>(p.group) * plan.max_listed : 0);
+  a.estimated_weights = bump.Take<float>(static_cast<int64_t>(p.group) * plan.max_estimated);
+  return a;
+}
+
+// What all threads of a block know; in shared memory, so that it takes no registers. Written by
+// thread 0, a barrier before others read.
+struct Context {
+  Plan plan;
+  SelectCudaPair pair;
+  int pair_index, rank;  // rank: of the block in its cluster
+  Arrays a;
+  float* cluster_scores;  // [group, max_clusters] log2 units
+  float* sink_scores;     // [group, max_sinks]
+  float* token_scores;    // [group, room]
+  float* states;          // [blocks, group, D]
+  int listed_count, token_count, estimated_count, exact_count;
+
+  __device__ const SelectCudaParams& params() const { return plan.params; }
+  __device__ const DeviceIndexPart& PartOf(int cluster, int* part_index) const {
+    int low = 0, high = pair.part_count - 1;
+    while (low < high) {
+      const int middle = (low + high + 1) / 2;
+      if (pair.parts[middle].first_cluster <= cluster) {
+        low = middle;
+      } else {
+        high = middle - 1;
+      }
+    }
+    *part_index = low;
+    return pair.parts[low];
+  }
+};
+
+__device__ float BlockMax(float x, float* reduce) {
+  x = WarpMax(x);
+  __syncthreads();
+  if (threadIdx.x % kWarp == 0) reduce[threadIdx.x / kWarp] = x;
+  __syncthreads();
+  float r = reduce[0];
+#pragma unroll
+  for (int w = 1; w < kWarps; ++w) r = fmaxf(r, reduce[w]);
+  return r;
+}
+__device__ float BlockSum(float x, float* reduce) {
+  x = WarpSum(x);
+  __syncthreads();
+  if (threadIdx.x % kWarp == 0) reduce[threadIdx.x / kWarp] = x;
+  __syncthreads();
+  float r = 0;
+#pragma unroll
+  for (int w = 0; w < kWarps; ++w) r += reduce[w];
+  return r;
+}
+
+// ---- phase 0: queries
+// ---------------------------------------------------------------------------------
+
+// The weighted query; for the codes also balanced, split in halves and laid out as matrix
+// fragments.
+__device__ void PrepareQueries(Context& c) {
+  const SelectCudaParams& p = c.params();
+  const int dim = p.head_dim;
+  const float* channels = c.pair.parts[0].channels.As<float>(c.pair.kv_head);  // [3, D]
+  for (int i = threadIdx.x; i < p.group * dim; i += kThreads) {
+    c.a.query[i] = c.pair.queries[i] * p.scale * kLog2E / channels[i % dim];
+  }
+  for (int j = threadIdx.x; j < dim; j += kThreads) c.a.inverse_v[j] = 1.0f / channels[2 * dim + j];
+  __syncthreads();
+  if (!c.plan.refine) return;
+  const float* balance = channels + dim;
+  const int lane = threadIdx.x % kWarp, warp = threadIdx.x / kWarp;
+  for (int h = warp; h < c.plan.head_blocks * 8; h += kWarps) {
+    // A power of two that brings the largest channel to [2^11, 2^12).
+    float largest = 0;
+    for (int j = lane; j < dim && h < p.group; j += kWarp) {
+      largest = fmaxf(largest, fabsf(c.a.query[h * dim + j] / balance[j]));
+    }
+    largest = WarpMax(largest);
+    const int exponent = largest > 0 ? static_cast<int>(__float_as_uint(largest) >> 23) - 127 : 0;
+    if (lane == 0) c.a.query_unit[h] = exp2f(static_cast<float>(exponent - 11));
+    for (int g = 0; g < c.plan.codes.groups; ++g) {
+      float sum = 0;
+      for (int j = lane; j < p.group_channels && h < p.group; j += kWarp) {
+        const int channel = g * p.group_channels + j;
+        sum += c.a.query[h * dim + channel] / balance[channel];
+      }
+      sum = WarpSum(sum);
+      if (lane == 0) c.a.query_sums[h * c.plan.codes.groups + g] = sum;
+    }
+  }
+  __syncthreads();
+  const int blocks = dim / kCodeBlock;
+  for (int i = threadIdx.x; i < c.plan.head_blocks * blocks * kWarp; i += kThreads) {
+    const int l = i % kWarp, block = i / kWarp % blocks, h = i / (kWarp * blocks) * 8 + l / 4;
+    const int t = l % 4;
+    uint4 fragment = make_uint4(0, 0, 0, 0);
+    if (h < p.group) {
+      const float inverse = 1.0f / c.a.query_unit[h];
+      float x[4];
+#pragma unroll
+      for (int j = 0; j < 4; ++j) {
+        const int channel = block * kCodeBlock + ChannelOfIndex(2 * t + j % 2 + j / 2 * 8);
+        x[j] = c.a.query[h * dim + channel] / balance[channel] * inverse;
+      }
+      SplitHalves(x[0], x[1], &fragment.x, &fragment.z);
+      SplitHalves(x[2], x[3], &fragment.y, &fragment.w);
+    }
+    c.a.query_hi_lo[i] = fragment;
+  }
+  // Made ready for use as a factor of sums over codes; the barrier orders it after its reads above.
+  __syncthreads();
+  for (int h = threadIdx.x; h < c.plan.head_blocks * 8; h += kThreads)
+    c.a.query_unit[h] *= kCodeUnit;
+}
+
+// ---- phase 1: centroids
+// --------------------------------------------------------------------------------
+
+__device__ void LoadSizes(Context& c) {
+  for (int i = threadIdx.x; i < c.pair.clusters; i += kThreads) {
+    int part_index;
+    const DeviceIndexPart& part = c.PartOf(i, &part_index);
+    const uint32_t at = static_cast<uint32_t>(c.pair.kv_head) * (part.clusters + 1) +
+                        static_cast<uint32_t>(i - part.first_cluster);
+    c.a.cluster_sizes[i] =
+        *part.cluster_begin.As<int32_t>(at + 1) - *part.cluster_begin.As<int32_t>(at);
+  }
+}
+
+// Rows [head_dim] of `view` of eight clusters, 4 kVectors floats per lane and row, all in flight at
+// once.
+template <int kVectors>
+struct EightRows {
+  float4 row[8][kVectors];
+
+  __device__ __forceinline__ void Load(const unsigned char* mine, int dim) {
+    const int lane = threadIdx.x % kWarp;
+#pragma unroll
+    for (int i = 0; i < 8; ++i) {
+      const unsigned char* at = reinterpret_cast<const unsigned char*>(
+          __shfl_sync(kFullMask, reinterpret_cast<unsigned long long>(mine), i));
+#pragma unroll
+      for (int v = 0; v < kVectors; ++v) {
+        const int channel = 4 * (lane + v * kWarp);
+        row[i][v] = channel < dim ? *reinterpret_cast<const float4*>(at + 4 * channel)
+                                  : make_float4(0, 0, 0, 0);
+      }
+    }
+  }
+};
+
+template <int kVectors>
+__device__ void ScoreCentroids(Context& c) {
+  const SelectCudaParams& p = c.params();
+  const int lane = threadIdx.x % kWarp, warp = threadIdx.x / kWarp, dim = p.head_dim;
+  const int share = (c.pair.clusters + c.plan.blocks * 8 - 1) / (c.plan.blocks * 8) * 8;
+  const int begin = c.rank * share, end = min(c.pair.clusters, begin + share);
+  for (int first = begin + warp * 8; first < end; first += kWarps * 8) {
+    const int mine = min(first + lane % 8, end - 1);
+    int part_index;
+    const DeviceIndexPart& part = c.PartOf(mine, &part_index);
+    EightRows<kVectors> rows;
+    rows.Load(part.centroids.At(static_cast<uint32_t>(c.pair.kv_head) * part.clusters +
+                                static_cast<uint32_t>(mine - part.first_cluster)),
+              dim);
+    for (int h4 = 0; h4 < p.group; h4 += 4) {
+      float sums[32];
+#pragma unroll
+      for (int h = 0; h < 4; ++h) {
+        float4 q[kVectors];
+#pragma unroll
+        for (int v = 0; v < kVectors; ++v) {
+          const int channel = 4 * (lane + v * kWarp);
+          q[v] = channel < dim && h4 + h < p.group
+                     ? *reinterpret_cast<const float4*>(c.a.query + (h4 + h) * dim + channel)
+                     : make_float4(0, 0, 0, 0);
+        }
+#pragma unroll
+        for (int i = 0; i < 8; ++i) {
+          float sum = 0;
+#pragma unroll
+          for (int v = 0; v < kVectors; ++v) {
+            const float4 x = rows.row[i][v];
+            sum += x.x * q[v].x + x.y * q[v].y + x.z * q[v].z + x.w * q[v].w;
+          }
+          sums[i * 4 + h] = sum;
+        }
+      }
+      const float sum = WarpTransposeSum(sums);
+      const int cluster = first + lane / 4, head = h4 + lane % 4;
+      if (cluster < end && head < p.group) {
+        c.cluster_scores[static_cast<int64_t>(head) * p.max_clusters + cluster] =
+            c.a.cluster_sizes[cluster] > 0 ? sum : kNegativeInfinity;
+      }
+    }
+  }
+}
+
+// Sinks' scores by their keys as they came; the last block's work.
+__device__ void ScoreSinks(Context& c) {
+  const SelectCudaParams& p = c.params();
+  const int lane = threadIdx.x % kWarp, warp = threadIdx.x / kWarp;
+  for (int i = warp; i < c.pair.sink_tokens * p.group; i += kWarps) {
+    const int sink = i % c.pair.sink_tokens, head = i / c.pair.sink_tokens;
+    const unsigned char* key = c.pair.sink_keys + sink * c.pair.sink_key_stride_bytes;
+    float sum = 0;
+    for (int j = lane; j < p.head_dim; j += kWarp) {
+      sum += c.pair.queries[head * p.head_dim + j] * LoadAsFloat(key, p.element_type, j);
+    }
+    sum = WarpSum(sum);
+    if (lane == 0) c.sink_scores[head * p.max_sinks + sink] = sum * p.scale * kLog2E;
+  }
+}
+
+// ---- phase 2: clusters
+// ---------------------------------------------------------------------------------
+
+// An order-preserving key of a rank's log2: fixed point, 2^-21, so that leading bits spread evenly
+// over what matters. Ranks below 2^-1016 are equal.
+__device__ __forceinline__ uint32_t RankKey(float log2_rank) {
+  const float clamped = fminf(fmaxf(log2_rank, -1016.0f), 7.5f);
+  return static_cast<uint32_t>(static_cast<int>(rintf(clamped * 2097152.0f)) + 1016 * 2097152) << 1;
+}
+
+// keys[i] = RankKey of the sum over the heads of the softmax of scores [group, stride] over i < n
+// (and over extra [group, extra_stride], whose own ranks are not wanted). Logarithms, so that
+// nothing underflows.
+__device__ void SoftmaxKeys(Context& c, const float* scores, int stride, int n, const float* extra,
+                            int extra_stride, int extra_count, uint32_t* keys) {
+  const int group = c.params().group;
+  for (int h = 0; h < group; ++h) {
+    float largest = kNegativeInfinity;
+    for (int i = threadIdx.x; i < n; i += kThreads) {
+      largest = fmaxf(largest, scores[static_cast<int64_t>(h) * stride + i]);
+    }
+    for (int i = threadIdx.x; i < extra_count; i += kThreads) {
+      largest = fmaxf(largest, extra[h * extra_stride + i]);
+    }
+    largest = BlockMax(largest, c.a.reduce);
+    if (largest == kNegativeInfinity) largest = 0;
+    float sum = 0;
+    for (int i = threadIdx.x; i < n; i += kThreads) {
+      sum += Exp2(scores[static_cast<int64_t>(h) * stride + i] - largest);
+    }
+    for (int i = threadIdx.x; i < extra_count; i += kThreads) {
+      sum += Exp2(extra[h * extra_stride + i] - largest);
+    }
+    sum = BlockSum(sum, c.a.reduce);
+    if (threadIdx.x == 0) c.a.head_sum[h] = largest + log2f(sum);
+  }
+  __syncthreads();
+  for (int i = threadIdx.x; i < n; i += kThreads) {
+    float largest = kNegativeInfinity;
+    for (int h = 0; h < group; ++h) {
+      largest = fmaxf(largest, scores[static_cast<int64_t>(h) * stride + i] - c.a.head_sum[h]);
+    }
+    if (largest == kNegativeInfinity) largest = 0;  // an empty cluster: its weight keeps it out
+    float sum = 0;
+    for (int h = 0; h < group; ++h) {
+      sum += Exp2(scores[static_cast<int64_t>(h) * stride + i] - c.a.head_sum[h] - largest);
+    }
+    keys[i] = RankKey(largest + log2f(sum));
+  }
+  __syncthreads();
+}
+
+// The clusters to score and the estimated ones.
+__device__ void ChooseClusters(Context& c) {
+  const Arrays& a = c.a;
+  const int n = c.pair.clusters;
+  SoftmaxKeys(c, c.cluster_scores, c.params().max_clusters, n, nullptr, 0, 0, a.cluster_keys);
+  const auto key = [&](int i) { return a.cluster_keys[i]; };
+  const auto size = [&](int i) { return a.cluster_sizes[i]; };
+  const int room =
+      max(c.params().scored_tokens, max(0, c.params().budget_tokens - c.pair.sink_tokens));
+  const Threshold threshold = WeightedThreshold<kThreads>(n, room, key, size, *a.threshold);
+  // A cluster that is touched leaves the ranking: its size becomes 0 for the estimated zone.
+  int tokens;
+  const int listed = OrderedTake<kThreads>(
+      n, threshold, key, size, *a.threshold,
+      [&](int i, int take, int index, int before) {
+        if (take == 0) return;
+        a.listed[index] = i;
+        a.listed_start[index] = before;
+      },
+      &tokens);
+  if (threadIdx.x == 0) {
+    a.listed_start[listed] = tokens;
+    c.listed_count = listed;
+    c.token_count = tokens;
+    c.estimated_count = 0;
+  }
+  for (int e = threadIdx.x; e < listed; e += kThreads) {
+    const int cluster = a.listed[e];
+    int part_index;
+    const DeviceIndexPart& part = c.PartOf(cluster, &part_index);
+    a.listed_part[e] = part_index;
+    a.listed_slot[e] = *part.cluster_begin.As<int32_t>(
+        static_cast<uint32_t>(c.pair.kv_head) * (part.clusters + 1) +
+        static_cast<uint32_t>(cluster - part.first_cluster));
+  }
+  __syncthreads();
+  const int wanted = static_cast<int>(static_cast<double>(c.params().estimated_fraction) * n);
+  if (wanted > 0) {
+    for (int e = threadIdx.x; e < listed; e += kThreads) a.cluster_sizes[a.listed[e]] = 0;
+    __syncthreads();
+    const auto one = [&](int i) { return a.cluster_sizes[i] > 0 ? 1 : 0; };
+    const Threshold last = WeightedThreshold<kThreads>(n, wanted, key, one, *a.threshold);
+    int total;
+    const int estimated = OrderedTake<kThreads>(
+        n, last, key, one, *a.threshold,
+        [&](int i, int take, int index, int) {
+          if (take > 0) a.estimated[index] = i;
+        },
+        &total);
+    if (threadIdx.x == 0) c.estimated_count = estimated;
+  }
+  for (int t = threadIdx.x; t < tokens; t += kThreads) {
+    int low = 0, high = listed - 1;
+    while (low < high) {
+      const int middle = (low + high + 1) / 2;
+      if (a.listed_start[middle] <= t) {
+        low = middle;
+      } else {
+        high = middle - 1;
+      }
+    }
+    a.token_entry[t] = static_cast<uint16_t>(low);
+  }
+  __syncthreads();
+}
+
+// ---- phase 3: tokens
+// -----------------------------------------------------------------------------------
+
+__device__ __forceinline__ const unsigned char* CodesOf(const Context& c, int token) {
+  const int entry = c.a.token_entry[token];
+  const DeviceIndexPart& part = c.pair.parts[c.a.listed_part[entry]];
+  const int slot = c.a.listed_slot[entry] + token - c.a.listed_start[entry];
+  return part.codes.At(static_cast<uint32_t>(c.pair.kv_head) * part.tokens + slot);
+}
+
+__device__ __forceinline__ void TileRange(const Context& c, int* begin, int* end) {
+  const int tiles = (c.token_count + kTile - 1) / kTile;
+  *begin = static_cast<int>(static_cast<int64_t>(tiles) * c.rank / c.plan.blocks);
+  *end = static_cast<int>(static_cast<int64_t>(tiles) * (c.rank + 1) / c.plan.blocks);
+}
+
+// Logits of the block's share of the scored tokens: codes [16 tokens × 16 channels] times query
+// [16 channels × 8 heads], twice, for the query's high and low halves.
+template <int kBits>
+__device__ void ScoreTokens(Context& c) {
+  const SelectCudaParams& p = c.params();
+  const CodesLayout& layout = c.plan.codes;
+  const int lane = threadIdx.x % kWarp, warp = threadIdx.x / kWarp, r = lane / 4, t = lane % 4;
+  const int blocks = p.head_dim / kCodeBlock;
+  int begin, end;
+  TileRange(c, &begin, &end);
+  for (int tile = begin + warp; tile < end; tile += kWarps) {
+    const int token[2] = {tile * kTile + r, tile * kTile + r + 8};
+    const unsigned char* row[2];
+#pragma unroll
+    for (int i = 0; i < 2; ++i) row[i] = CodesOf(c, min(token[i], c.token_count - 1));
+    for (int hb = 0; hb < c.plan.head_blocks; ++hb) {
+      float logit[4] = {0, 0, 0, 0}, sum[4] = {0, 0, 0, 0};
+      float unit[2], query_sum[2];
+      for (int chunk = 0; chunk < blocks; chunk += kChunk / kCodeBlock) {
+        CodeBlock<kBits> codes[2][kChunk / kCodeBlock];
+#pragma unroll
+        for (int b = 0; b < kChunk / kCodeBlock; ++b) {
+          if (chunk + b >= blocks) break;
+          codes[0][b].Load(row[0] + layout.KeyBits(), p.head_dim, chunk + b);
+          codes[1][b].Load(row[1] + layout.KeyBits(), p.head_dim, chunk + b);
+        }
+#pragma unroll
+        for (int b = 0; b < kChunk / kCodeBlock; ++b) {
+          const int block = chunk + b;
+          if (block >= blocks) break;
+          const uint4 q = c.a.query_hi_lo[(hb * blocks + block) * kWarp + lane];
+          uint32_t operand[4];
+          codes[0][b].ChannelPairs(t, &operand[0], &operand[2]);
+          codes[1][b].ChannelPairs(t, &operand[1], &operand[3]);
+          MmaHalf(sum, operand, q.x, q.y);
+          MmaHalf(sum, operand, q.z, q.w);
+          if ((block + 1) % layout.group_blocks != 0) continue;
+          const int g = block / layout.group_blocks;
+#pragma unroll
+          for (int i = 0; i < 2; ++i) {
+            unit[i] = c.a.query_unit[hb * 8 + 2 * t + i];
+            query_sum[i] = c.a.query_sums[(hb * 8 + 2 * t + i) * layout.groups + g];
+          }
+#pragma unroll
+          for (int i = 0; i < 2; ++i) {
+            const uint16_t* halves = reinterpret_cast<const uint16_t*>(row[i]);
+            const float scale = HalfBitsToFloat(halves[g]);
+            const float low = HalfBitsToFloat(halves[layout.groups + g]);
+#pragma unroll
+            for (int j = 0; j < 2; ++j) {
+              logit[2 * i + j] += scale * (sum[2 * i + j] * unit[j]) + low * query_sum[j];
+              sum[2 * i + j] = 0;
+            }
+          }
+        }
+      }
+#pragma unroll
+      for (int i = 0; i < 4; ++i) {
+        const int head = hb * 8 + 2 * t + i % 2, at = token[i / 2];
+        if (head >= p.group || at >= c.token_count) continue;
+        const int cluster = c.a.listed[c.a.token_entry[at]];
+        c.token_scores[static_cast<int64_t>(head) * c.plan.room + at] =
+            logit[i] + c.cluster_scores[static_cast<int64_t>(head) * p.max_clusters + cluster];
+      }
+    }
+  }
+}
+
+// ---- phase 4: the exact zone
+// ---------------------------------------------------------------------------
+
+__device__ void ChooseExact(Context& c) {
+  const Arrays& a = c.a;
+  const SelectCudaParams& p = c.params();
+  const int n = c.token_count;
+  const int wanted = min(n, max(0, p.budget_tokens - c.pair.sink_tokens));
+  if (!c.plan.refine) {
+    for (int t = threadIdx.x; t < n; t += kThreads) {
+      a.exact_token[t] = t;
+      a.token_exact[t] = 1;
+    }
+    if (threadIdx.x == 0) c.exact_count = n;
+  } else {
+    SoftmaxKeys(c, c.token_scores, c.plan.room, n, c.sink_scores, p.max_sinks, c.pair.sink_tokens,
+                a.token_keys);
+    const auto key = [&](int i) { return a.token_keys[i]; };
+    const auto one = [](int) { return 1; };
+    const Threshold threshold = WeightedThreshold<kThreads>(n, wanted, key, one, *a.threshold);
+    int total;
+    const int exact = OrderedTake<kThreads>(
+        n, threshold, key, one, *a.threshold,
+        [&](int i, int take, int index, int) {
+          a.token_exact[i] = take > 0;
+          if (take > 0) a.exact_token[index] = i;
+        },
+        &total);
+    if (threadIdx.x == 0) c.exact_count = exact;
+  }
+  __syncthreads();
+}
+
+__device__ int SlotOf(const Context& c, int token) {
+  const int entry = c.a.token_entry[token];
+  return c.a.listed_slot[entry] + token - c.a.listed_start[entry];
+}
+
+// Writes the exact zone by ascending position: each token's place is the number of smaller
+// positions.
+__device__ void WriteSelection(Context& c, const SelectCudaOutput& out) {
+  const Arrays& a = c.a;
+  const int64_t row = static_cast<int64_t>(c.pair_index) * out.max_exact;
+  for (int i = threadIdx.x; i < c.exact_count; i += kThreads) {
+    const int token = a.exact_token[i];
+    const DeviceIndexPart& part = c.pair.parts[a.listed_part[a.token_entry[token]]];
+    a.exact_position[i] = *part.positions.As<int32_t>(
+        static_cast<uint32_t>(c.pair.kv_head) * part.tokens + SlotOf(c, token));
+  }
+  __syncthreads();
+  for (int i = threadIdx.x; i < c.exact_count; i += kThreads) {
+    const int position = a.exact_position[i];
+    int place = 0;
+    for (int j = 0; j < c.exact_count; ++j) place += a.exact_position[j] < position;
+    const int token = a.exact_token[i], entry = a.token_entry[token];
+    out.positions[row + place] = position;
+    out.parts[row + place] = a.listed_part[entry];
+    out.slots[row + place] = SlotOf(c, token);
+    if (out.clusters != nullptr) out.clusters[row + place] = a.listed[entry];
+  }
+  const int64_t listed_row = static_cast<int64_t>(c.pair_index) * out.max_listed;
+  if (out.scored_clusters != nullptr) {
+    for (int i = threadIdx.x; i < min(c.listed_count, out.max_listed); i += kThreads) {
+      out.scored_clusters[listed_row + i] = a.listed[i];
+    }
+  }
+  if (out.estimated_clusters != nullptr) {
+    for (int i = threadIdx.x; i < min(c.estimated_count, out.max_listed); i += kThreads) {
+      out.estimated_clusters[listed_row + i] = a.estimated[i];
+    }
+  }
+  if (threadIdx.x == 0) {
+    out.exact_count[c.pair_index] = c.exact_count;
+    if (out.scored_count != nullptr) out.scored_count[c.pair_index] = c.listed_count;
+    if (out.estimated_count != nullptr) out.estimated_count[c.pair_index] = c.estimated_count;
+    if (out.coded_tokens != nullptr) {
+      out.coded_tokens[c.pair_index] =
+          c.plan.refine && c.params().answer_scored ? c.token_count - c.exact_count : 0;
+    }
+  }
+}
+
+// ---- phase 5: the state
+// --------------------------------------------------------------------------------
+
+// Weights of coded tokens, of their clusters and of estimated clusters, relative to the head's
+// largest logit; leaves that logit in head_max and the weights' sum in head_sum.
+__device__ void StateWeights(Context& c) {
+  const Arrays& a = c.a;
+  const SelectCudaParams& p = c.params();
+  const bool coded = c.plan.refine && p.answer_scored;
+  const int tokens = coded ? c.token_count : 0;
+  for (int h = 0; h < p.group; ++h) {
+    const float* scores = c.token_scores + static_cast<int64_t>(h) * c.plan.room;
+    const float* clusters = c.cluster_scores + static_cast<int64_t>(h) * p.max_clusters;
+    float* token_weights = a.token_weights + static_cast<int64_t>(h) * c.plan.room;
+    float* estimated_weights = a.estimated_weights + static_cast<int64_t>(h) * c.plan.max_estimated;
+    float largest = kNegativeInfinity;
+    for (int t = threadIdx.x; t < tokens; t += kThreads) {
+      if (!a.token_exact[t]) largest = fmaxf(largest, scores[t]);
+    }
+    for (int i = threadIdx.x; i < c.estimated_count; i += kThreads) {
+      const int cluster = a.estimated[i];
+      const float logit = clusters[cluster] + log2f(static_cast<float>(a.cluster_sizes[cluster]));
+      estimated_weights[i] = logit;
+      largest = fmaxf(largest, logit);
+    }
+    largest = BlockMax(largest, a.reduce);
+    const float shift = largest == kNegativeInfinity ? 0.0f : largest;
+    float sum = 0;
+    for (int t = threadIdx.x; t < tokens; t += kThreads) {
+      const float weight = a.token_exact[t] ? 0.0f : Exp2(scores[t] - shift);
+      token_weights[t] = weight;
+      sum += weight;
+    }
+    for (int i = threadIdx.x; i < c.estimated_count; i += kThreads) {
+      const float weight = Exp2(estimated_weights[i] - shift);
+      estimated_weights[i] = weight;
+      sum += weight;
+    }
+    sum = BlockSum(sum, a.reduce);
+    if (threadIdx.x == 0) {
+      a.head_max[h] = largest;
+      a.head_sum[h] = sum;
+    }
+    // BlockSum's barriers make every thread's token weights visible.
+    for (int e = threadIdx.x; coded && e < c.listed_count; e += kThreads) {
+      float total = 0;
+      for (int t = a.listed_start[e]; t < a.listed_start[e + 1]; ++t) total += token_weights[t];
+      a.listed_weights[static_cast<int64_t>(h) * c.plan.max_listed + e] = total;
+    }
+  }
+  __syncthreads();
+}
+
+// Eight tokens' V codes of a warp's 16-token tile as this lane's share of the operand: of tokens
+// 2t, 2t+1, 2t+8, 2t+9.
+template <int kBits>
+struct TileRows {
+  const unsigned char* row[4];
+  float weight[4];
+
+  __device__ __forceinline__ void Load(const Context& c, int tile, int head) {
+    const int t = threadIdx.x % 4;
+#pragma unroll
+    for (int i = 0; i < 4; ++i) {
+      const int token = tile * kTile + 2 * t + i % 2 + i / 2 * 8;
+      row[i] = CodesOf(c, min(token, c.token_count - 1));
+      weight[i] = token < c.token_count && head < c.params().group
+                      ? c.a.token_weights[static_cast<int64_t>(head) * c.plan.room + token]
+                      : 0.0f;
+    }
+  }
+  // Operand of `weight` times factor[i]: rows 0-7 the heads' high halves, rows 8-15 their low
+  // halves.
+  __device__ __forceinline__ void Weights(const float (&factor)[4], uint32_t (&operand)[4]) const {
+    SplitHalves(weight[0] * factor[0], weight[1] * factor[1], &operand[0], &operand[1]);
+    SplitHalves(weight[2] * factor[2], weight[3] * factor[3], &operand[2], &operand[3]);
+  }
+};
+
+// Adds up weight × lows over the block's tiles: partial_low [warp, 8 heads, groups].
+template <int kBits>
+__device__ void SumLows(Context& c, int hb) {
+  const CodesLayout& layout = c.plan.codes;
+  const int lane = threadIdx.x % kWarp, warp = threadIdx.x / kWarp, r = lane / 4, t = lane % 4;
+  const float ones[4] = {1, 1, 1, 1};
+  int begin, end;
+  TileRange(c, &begin, &end);
+  for (int first = 0; first < layout.groups; first += 8) {
+    float sum[4] = {0, 0, 0, 0};
+    for (int tile = begin + warp; tile < end; tile += kWarps) {
+      TileRows<kBits> rows;
+      rows.Load(c, tile, hb * 8 + r);
+      uint32_t operand[4], lows[4];
+      rows.Weights(ones, operand);
+#pragma unroll
+      for (int i = 0; i < 4; ++i) {
+        lows[i] =
+            first + r < layout.groups
+                ? reinterpret_cast<const uint16_t*>(rows.row[i] + layout.ValueLows())[first + r]
+                : 0u;
+      }
+      MmaHalf(sum, operand, lows[0] | lows[1] << 16, lows[2] | lows[3] << 16);
+    }
+    float* to = c.a.partial_low + (warp * 8 + r) * layout.groups + first;
+#pragma unroll
+    for (int i = 0; i < 2; ++i) {
+      if (first + 2 * t + i < layout.groups) to[2 * t + i] = sum[i] + sum[i + 2];
+    }
+  }
+  __syncwarp();
+}
+
+// The exponent that brings the largest V scale of the block's tokens under 2^14, so that weight ×
+// scale is a half.
+template <int kBits>
+__device__ int ValueScaleExponent(Context& c) {
+  int begin, end;
+  TileRange(c, &begin, &end);
+  if (threadIdx.x == 0) c.a.flags[0] = 0;
+  __syncthreads();
+  int largest = 0;
+  const int last = min(end * kTile, c.token_count);
+  for (int t = begin * kTile + threadIdx.x; t < last; t += kThreads) {
+    const uint16_t* scales =
+        reinterpret_cast<const uint16_t*>(CodesOf(c, t) + c.plan.codes.ValueScales());
+    for (int g = 0; g < c.plan.codes.groups; ++g)
+      largest = max(largest, static_cast<int>(scales[g]));
+  }
+  atomicMax(&c.a.flags[0], largest);
+  __syncthreads();
+  // A half's exponent field e stands for [2^(e - 15), 2^(e - 14)).
+  return 27 - (c.a.flags[0] >> 10);
+}
+
+// partial [warp, heads of block hb, D] = the residual part of the state, over the warp's tiles.
+template <int kBits>
+__device__ void SumCodes(Context& c, int hb, int exponent) {
+  const SelectCudaParams& p = c.params();
+  const CodesLayout& layout = c.plan.codes;
+  const int lane = threadIdx.x % kWarp, warp = threadIdx.x / kWarp, r = lane / 4, t = lane % 4;
+  const int blocks = p.head_dim / kCodeBlock;
+  const float up = exp2f(static_cast<float>(exponent));
+  const float down = kCodeUnit / up;
+  int begin, end;
+  TileRange(c, &begin, &end);
+  for (int chunk = 0; chunk < blocks; chunk += kChunk / kCodeBlock) {
+    float sum[kChunk / 8][4];
+#pragma unroll
+    for (int n = 0; n < kChunk / 8; ++n) sum[n][0] = sum[n][1] = sum[n][2] = sum[n][3] = 0;
+    for (int tile = begin + warp; tile < end; tile += kWarps) {
+      TileRows<kBits> rows;
+      rows.Load(c, tile, hb * 8 + r);
+      uint32_t operand[4] = {};
+      int operand_group = -1;
+#pragma unroll
+      for (int b = 0; b < kChunk / kCodeBlock; ++b) {
+        const int block = chunk + b;
+        if (block >= blocks) break;
+        const int g = block / layout.group_blocks;
+        if (g != operand_group) {
+          float factor[4];
+#pragma unroll
+          for (int i = 0; i < 4; ++i) {
+            factor[i] = up * HalfBitsToFloat(reinterpret_cast<const uint16_t*>(
+                                 rows.row[i] + layout.ValueScales())[g]);
+          }
+          rows.Weights(factor, operand);
+          operand_group = g;
+        }
+        CodeBlock<kBits> codes[4];
+#pragma unroll
+        for (int i = 0; i < 4; ++i)
+          codes[i].Load(rows.row[i] + layout.ValueBits(), p.head_dim, block);
+#pragma unroll
+        for (int half = 0; half < 2; ++half) {
+          MmaHalf(sum[2 * b + half], operand, TokenPair<kBits>(codes[0], codes[1], half, r),
+                  TokenPair<kBits>(codes[2], codes[3], half, r));
+        }
+      }
+    }
+    if (hb * 8 + r < p.group) {
+      float* to = c.a.partial + (static_cast<int64_t>(warp) * p.group + hb * 8 + r) * p.head_dim;
+      const float* low = c.a.partial_low + (warp * 8 + r) * layout.groups;
+#pragma unroll
+      for (int n = 0; n < kChunk / 8; ++n) {
+        const int block = chunk + n / 2;
+        if (block >= blocks) break;
+#pragma unroll
+        for (int i = 0; i < 2; ++i) {
+          const int channel = block * kCodeBlock + HalfChannel<kBits>(n % 2, 2 * t + i);
+          to[channel] = ((sum[n][i] + sum[n][i + 2]) * down + low[block / layout.group_blocks]) *
+                        c.a.inverse_v[channel];
+        }
+      }
+    }
+  }
+  __syncwarp();
+}
+
+// Adds the value means' part to partial, over the warp's clusters.
+template <int kVectors>
+__device__ void SumMeans(Context& c, bool coded) {
+  const SelectCudaParams& p = c.params();
+  const int lane = threadIdx.x % kWarp, warp = threadIdx.x / kWarp, dim = p.head_dim;
+  const int listed = coded ? c.listed_count : 0;
+  const int entries = listed + c.estimated_count;
+  for (int h4 = 0; h4 < p.group; h4 += 4) {
+    float4 sum[4][kVectors];
+#pragma unroll
+    for (int h = 0; h < 4; ++h) {
+#pragma unroll
+      for (int v = 0; v < kVectors; ++v) sum[h][v] = make_float4(0, 0, 0, 0);
+    }
+    for (int first = (c.rank * kWarps + warp) * 8; first < entries;
+         first += c.plan.blocks * kWarps * 8) {
+      const int mine = min(first + lane % 8, entries - 1);
+      const int cluster = mine < listed ? c.a.listed[mine] : c.a.estimated[mine - listed];
+      int part_index;
+      const DeviceIndexPart& part = c.PartOf(cluster, &part_index);
+      // Lane 8 h + i has head h's weight of entry i.
+      const int head = h4 + lane / 8;
+      float weight = 0;
+      if (head < p.group && first + lane % 8 < entries) {
+        weight = mine < listed
+                     ? c.a.listed_weights[static_cast<int64_t>(head) * c.plan.max_listed + mine]
+                     : c.a.estimated_weights[static_cast<int64_t>(head) * c.plan.max_estimated +
+                                             mine - listed];
+      }
+      EightRows<kVectors> rows;
+      rows.Load(part.value_means.At(static_cast<uint32_t>(c.pair.kv_head) * part.clusters +
+                                    static_cast<uint32_t>(cluster - part.first_cluster)),
+                dim);
+#pragma unroll
+      for (int i = 0; i < 8; ++i) {
+#pragma unroll
+        for (int h = 0; h < 4; ++h) {
+          const float w = __shfl_sync(kFullMask, weight, 8 * h + i);
+#pragma unroll
+          for (int v = 0; v < kVectors; ++v) {
+            sum[h][v].x += w * rows.row[i][v].x;
+            sum[h][v].y += w * rows.row[i][v].y;
+            sum[h][v].z += w * rows.row[i][v].z;
+            sum[h][v].w += w * rows.row[i][v].w;
+          }
+        }
+      }
+    }
+#pragma unroll
+    for (int h = 0; h < 4; ++h) {
+#pragma unroll
+      for (int v = 0; v < kVectors; ++v) {
+        const int channel = 4 * (lane + v * kWarp);
+        if (h4 + h >= p.group || channel >= dim) continue;
+        float4* to = reinterpret_cast<float4*>(
+            c.a.partial + (static_cast<int64_t>(warp) * p.group + h4 + h) * dim + channel);
+        float4 x = coded ? *to : make_float4(0, 0, 0, 0);
+        x.x += sum[h][v].x;
+        x.y += sum[h][v].y;
+        x.z += sum[h][v].z;
+        x.w += sum[h][v].w;
+        *to = x;
+      }
+    }
+  }
+}
+
+template <int kBits, int kVectors>
+__device__ void SumState(Context& c) {
+  const SelectCudaParams& p = c.params();
+  const bool coded = c.plan.refine && p.answer_scored;
+  if constexpr (kBits > 0) {
+    if (coded) {
+      const int exponent = ValueScaleExponent<kBits>(c);
+      for (int hb = 0; hb < c.plan.head_blocks; ++hb) {
+        SumLows<kBits>(c, hb);
+        SumCodes<kBits>(c, hb, exponent);
+      }
+    }
+  }
+  SumMeans<kVectors>(c, coded);
+  __syncthreads();
+  const int size = p.group * p.head_dim;
+  for (int i = threadIdx.x; i < size; i += kThreads) {
+    float sum = 0;
+    for (int w = 0; w < kWarps; ++w) sum += c.a.partial[static_cast<int64_t>(w) * size + i];
+    c.states[static_cast<int64_t>(c.rank) * size + i] = sum;
+  }
+}
+
+__device__ void WriteState(Context& c, const SelectCudaOutput& out) {
+  const SelectCudaParams& p = c.params();
+  const int size = p.group * p.head_dim;
+  for (int i = c.rank * kThreads + threadIdx.x; i < size; i += c.plan.blocks * kThreads) {
+    float sum = 0;
+    for (int k = 0; k < c.plan.blocks; ++k) sum += c.states[static_cast<int64_t>(k) * size + i];
+    const float total = c.a.head_sum[i / p.head_dim];
+    out.state_output[static_cast<int64_t>(c.pair_index) * size + i] =
+        total > 0 ? sum / total : 0.0f;
+  }
+  if (c.rank != 0) return;
+  for (int h = threadIdx.x; h < p.group; h += kThreads) {
+    const float total = c.a.head_sum[h];
+    out.state_lse[static_cast<int64_t>(c.pair_index) * p.group + h] =
+        total > 0 ? (c.a.head_max[h] + log2f(total)) * kLn2 : kNegativeInfinity;
+  }
+}
+
+// ---- the kernel
+// ----------------------------------------------------------------------------------------
+
+template <int kBits, int kVectors>
+__global__ void __launch_bounds__(kThreads, 1)
+    SelectKernel(const __grid_constant__ Plan plan, const SelectCudaPair* pairs,
+                 const __grid_constant__ SelectCudaOutput out, unsigned char* workspace) {
+  Context& c = *reinterpret_cast<Context*>(SharedMemory());
+  if (threadIdx.x == 0) {
+    c.plan = plan;
+    c.pair_index = static_cast<int>(blockIdx.x) / plan.blocks;
+    c.rank = static_cast<int>(blockIdx.x) % plan.blocks;
+    c.pair = pairs[c.pair_index];
+    unsigned char* mine = workspace + c.pair_index * plan.pair_bytes;
+    c.cluster_scores = reinterpret_cast<float*>(mine + plan.cluster_scores);
+    c.sink_scores = reinterpret_cast<float*>(mine + plan.sink_scores);
+    c.token_scores = reinterpret_cast<float*>(mine + plan.token_scores);
+    c.states = reinterpret_cast<float*>(mine + plan.states);
+    const int pair_count = static_cast<int>(gridDim.x) / plan.blocks;
+    Bump bump = {SharedMemory() + Align(sizeof(Context)),
+                 workspace + pair_count * plan.pair_bytes + blockIdx.x * plan.block_bytes,
+                 plan.shared_bytes - Align(sizeof(Context)), 0, 0};
+    c.a = MakeArrays(plan, bump);
+    c.listed_count = c.token_count = c.estimated_count = c.exact_count = 0;
+  }
+  __syncthreads();
+  LoadSizes(c);
+  PrepareQueries(c);
+  __syncthreads();
+  ScoreCentroids<kVectors>(c);
+  if (c.rank == plan.blocks - 1) ScoreSinks(c);
+  ClusterSync(plan.blocks);
+  ChooseClusters(c);
+  if constexpr (kBits > 0) {
+    if (plan.refine) {
+      ScoreTokens<kBits>(c);
+      ClusterSync(plan.blocks);
+    }
+  }
+  ChooseExact(c);
+  if (c.rank == 0) WriteSelection(c, out);
+  StateWeights(c);
+  SumState<kBits, kVectors>(c);
+  ClusterSync(plan.blocks);
+  WriteState(c, out);
+}
+
+bool Valid(const SelectCudaParams& p) {
+  const bool shape = p.group >= 1 && p.group <= 32 && p.head_dim >= 16 && p.head_dim <= 512 &&
+                     p.head_dim % 16 == 0 && p.max_clusters >= 0 && p.max_sinks >= 0;
+  const bool codes =
+      p.code_bits == 0 || (p.code_bits >= 2 && p.code_bits <= 4 && p.group_channels >= 16 &&
+                           p.group_channels % 16 == 0 && p.head_dim % p.group_channels == 0);
+  const bool zones = p.budget_tokens >= 1 && p.budget_tokens <= 65535 && p.scored_tokens >= 0 &&
+                     p.scored_tokens <= 65535 && (p.code_bits > 0 || p.scored_tokens == 0) &&
+                     p.estimated_fraction >= 0 && p.estimated_fraction <= 1;
+  const int b = p.blocks_per_pair;
+  return shape && codes && zones && (b == 0 || b == 1 || b == 2 || b == 4 || b == 8 || b == 16);
+}
+
+// Properties of the current device that the plan depends on; read once per device.
+struct DeviceLimits {
+  int multiprocessors = 132;
+  int64_t shared_bytes = 227 * 1024;
+  bool clusters = true;
+};
+DeviceLimits ReadLimits() {
+  DeviceLimits limits;
+#ifndef CLUSTERKV_CUDA_EMULATOR
+  int device = 0, value = 0;
+  if (cudaGetDevice(&device) != cudaSuccess) return limits;
+  if (cudaDeviceGetAttribute(&value, cudaDevAttrMultiProcessorCount, device) == cudaSuccess) {
+    limits.multiprocessors = value;
+  }
+  if (cudaDeviceGetAttribute(&value, cudaDevAttrMaxSharedMemoryPerBlockOptin, device) ==
+      cudaSuccess) {
+    limits.shared_bytes = value;
+  }
+  if (cudaDeviceGetAttribute(&value, cudaDevAttrComputeCapabilityMajor, device) == cudaSuccess) {
+    limits.clusters = value >= 9;
+  }
+#endif
+  return limits;
+}
+
+Plan MakePlan(const SelectCudaParams& p, int32_t pairs) {
+  const DeviceLimits limits = ReadLimits();
+  Plan plan = {};
+  plan.params = p;
+  plan.refine = p.code_bits > 0 && p.scored_tokens > 0;
+  plan.codes = p.code_bits > 0 ? MakeCodesLayout(p.code_bits, p.group_channels, p.head_dim)
+                               : CodesLayout{0, 1, 0};
+  plan.head_blocks = (p.group + 7) / 8;
+  plan.room = max(p.budget_tokens, p.scored_tokens);
+  plan.max_listed = min(p.max_clusters, plan.room);
+  plan.max_estimated = static_cast<int>(static_cast<double>(p.estimated_fraction) * p.max_clusters);
+  plan.max_exact = ExactCapacity(p);
+  plan.blocks = p.blocks_per_pair;
+  if (plan.blocks == 0) {
+    plan.blocks = 1;
+    while (limits.clusters && plan.blocks < 8 &&
+           plan.blocks * 2 * pairs <= limits.multiprocessors) {
+      plan.blocks *= 2;
+    }
+  }
+  Bump bump = {nullptr, nullptr, limits.shared_bytes - Align(sizeof(Context)), 0, 0};
+  MakeArrays(plan, bump);
+  plan.shared_bytes = bump.used + Align(sizeof(Context));
+  plan.block_bytes = Align(bump.spilled);
+  const int64_t group = p.group;
+  plan.cluster_scores = 0;
+  plan.sink_scores = Align(4 * group * p.max_clusters);
+  plan.token_scores = plan.sink_scores + Align(4 * group * p.max_sinks);
+  plan.states = plan.token_scores + Align(4 * group * plan.room);
+  plan.pair_bytes = plan.states + Align(4 * group * p.head_dim * plan.blocks);
+  return plan;
+}
+
+using Kernel = void (*)(Plan, const SelectCudaPair*, SelectCudaOutput, unsigned char*);
+
+template <int kVectors>
+Kernel KernelOfBits(int bits) {
+  switch (bits) {
+    case 0:
+      return SelectKernel<0, kVectors>;
+    case 2:
+      return SelectKernel<2, kVectors>;
+    case 3:
+      return SelectKernel<3, kVectors>;
+    default:
+      return SelectKernel<4, kVectors>;
+  }
+}
+
+}  // namespace
+
+int32_t ExactCapacity(const SelectCudaParams& params) { return params.budget_tokens; }
+
+int64_t SelectCudaWorkspaceBytes(const SelectCudaParams& params, int32_t pairs) {
+  if (!Valid(params) || pairs <= 0) return 0;
+  const Plan plan = MakePlan(params, pairs);
+  return pairs * (plan.pair_bytes + plan.blocks * plan.block_bytes);
+}
+
+cudaError_t LaunchSelect(const SelectCudaParams& params, const SelectCudaPair* pairs,
+                         int32_t pair_count, const SelectCudaOutput& output, void* workspace,
+                         cudaStream_t stream) {
+  if (!Valid(params) || pair_count < 0 || output.max_exact < ExactCapacity(params)) {
+    return cudaErrorInvalidValue;
+  }
+  if (pair_count == 0) return cudaSuccess;
+  const Plan plan = MakePlan(params, pair_count);
+  const Kernel kernel = params.head_dim <= 128   ? KernelOfBits<1>(params.code_bits)
+                        : params.head_dim <= 256 ? KernelOfBits<2>(params.code_bits)
+                                                 : KernelOfBits<4>(params.code_bits);
+  return cuda::Launch(kernel, dim3(pair_count * plan.blocks), dim3(kThreads),
+                      static_cast<size_t>(plan.shared_bytes), plan.blocks, stream, plan, pairs,
+                      output, static_cast<unsigned char*>(workspace));
+}
+
+}  // namespace clusterkv::kernels

@@ -1,0 +1,274 @@
+// A stand-in for CUDA's runtime header: runs kernels on the CPU, one fiber per thread.
+//
+// For tests on machines without a GPU: a .cu file is compiled as plain C++ with this folder first
+// on the include path, and its launchers then run here. Blocks of a thread-block cluster run
+// together, other blocks one after the other; __syncthreads, warp shuffles, votes and atomics
+// behave as on the device. Dynamic shared memory is poisoned before each block, and the order in
+// which threads run changes with each launch, so that a missing barrier shows. It says nothing
+// about speed, memory ordering between blocks, alignment faults or bank conflicts.
+//
+// Not thread-safe: launch from one thread at a time.
+#ifndef CLUSTERKV_TESTS_GPU_EMULATOR_CUDA_RUNTIME_H_
+#define CLUSTERKV_TESTS_GPU_EMULATOR_CUDA_RUNTIME_H_
+
+#include <algorithm>
+#include <cmath>
+#include <cstddef>
+#include <cstdint>
+#include <cstdlib>
+#include <cstring>
+#include <functional>
+#include <tuple>
+#include <type_traits>
+
+#define CLUSTERKV_CUDA_EMULATOR 1
+
+#define __global__
+#define __device__
+#define __host__
+#define __forceinline__ inline
+#define __launch_bounds__(...)
+#define __grid_constant__
+
+struct dim3 {
+  unsigned x = 1, y = 1, z = 1;
+  constexpr dim3(unsigned x_in = 1, unsigned y_in = 1, unsigned z_in = 1)
+      : x(x_in), y(y_in), z(z_in) {}
+};
+struct alignas(8) uint2 {
+  uint32_t x, y;
+};
+struct alignas(16) uint4 {
+  uint32_t x, y, z, w;
+};
+struct alignas(8) float2 {
+  float x, y;
+};
+struct alignas(16) float4 {
+  float x, y, z, w;
+};
+inline uint2 make_uint2(uint32_t x, uint32_t y) { return {x, y}; }
+inline uint4 make_uint4(uint32_t x, uint32_t y, uint32_t z, uint32_t w) { return {x, y, z, w}; }
+inline float2 make_float2(float x, float y) { return {x, y}; }
+inline float4 make_float4(float x, float y, float z, float w) { return {x, y, z, w}; }
+
+enum cudaError_t {
+  cudaSuccess = 0,
+  cudaErrorInvalidValue = 1,
+  cudaErrorMemoryAllocation = 2,
+  cudaErrorNotReady = 600,
+  cudaErrorNotSupported = 801
+};
+using cudaStream_t = struct CUstream_st*;
+using cudaEvent_t = struct CUevent_st*;
+enum cudaMemcpyKind {
+  cudaMemcpyHostToDevice,
+  cudaMemcpyDeviceToHost,
+  cudaMemcpyDeviceToDevice,
+  cudaMemcpyDefault
+};
+
+inline const char* cudaGetErrorString(cudaError_t e) {
+  return e == cudaSuccess ? "no error" : "error";
+}
+inline cudaError_t cudaGetLastError() { return cudaSuccess; }
+inline cudaError_t cudaPeekAtLastError() { return cudaSuccess; }
+template <typename T>
+cudaError_t cudaMalloc(T** p, size_t bytes) {
+  *p = static_cast<T*>(std::aligned_alloc(512, (bytes + 511) / 512 * 512 + 512));
+  return *p ? cudaSuccess : cudaErrorMemoryAllocation;
+}
+inline cudaError_t cudaFree(void* p) {
+  std::free(p);
+  return cudaSuccess;
+}
+inline cudaError_t cudaMemcpy(void* to, const void* from, size_t n, cudaMemcpyKind) {
+  if (n) std::memcpy(to, from, n);
+  return cudaSuccess;
+}
+inline cudaError_t cudaMemcpyAsync(void* to, const void* from, size_t n, cudaMemcpyKind k,
+                                   cudaStream_t = nullptr) {
+  return cudaMemcpy(to, from, n, k);
+}
+inline cudaError_t cudaMemsetAsync(void* to, int v, size_t n, cudaStream_t = nullptr) {
+  if (n) std::memset(to, v, n);
+  return cudaSuccess;
+}
+inline cudaError_t cudaMemset(void* to, int v, size_t n) { return cudaMemsetAsync(to, v, n); }
+inline cudaError_t cudaStreamSynchronize(cudaStream_t) { return cudaSuccess; }
+inline cudaError_t cudaDeviceSynchronize() { return cudaSuccess; }
+
+namespace cuda_emulator {
+
+struct Thread {
+  dim3 thread_idx, block_idx;
+  int lane = 0, warp = 0, block_in_cluster = 0;
+};
+// The thread, block and launch that is running now.
+extern Thread* current;
+extern dim3 block_dim, grid_dim;
+extern int cluster_blocks;
+
+unsigned char* SharedMemory();
+void SyncThreads();
+void SyncCluster();
+// All lanes of `mask` exchange `words` 32-bit words: out receives every lane's, [32][words].
+void Exchange(uint32_t mask, const uint32_t* words, int count, uint32_t (*out)[8]);
+void Launch(dim3 grid, dim3 block, size_t shared_bytes, int cluster,
+            const std::function<void()>& body);
+
+}  // namespace cuda_emulator
+
+#define threadIdx (::cuda_emulator::current->thread_idx)
+#define blockIdx (::cuda_emulator::current->block_idx)
+#define blockDim (::cuda_emulator::block_dim)
+#define gridDim (::cuda_emulator::grid_dim)
+
+inline void __syncthreads() { cuda_emulator::SyncThreads(); }
+inline void __syncwarp(unsigned mask = 0xffffffffu) {
+  uint32_t out[32][8], word = 0;
+  cuda_emulator::Exchange(mask, &word, 1, out);
+}
+inline void __threadfence() {}
+inline void __threadfence_system() {}
+
+template <typename T>
+T EmulatorShuffle(unsigned mask, T value, int source) {
+  static_assert(sizeof(T) % 4 == 0 && sizeof(T) <= 8);
+  uint32_t words[2], out[32][8];
+  std::memcpy(words, &value, sizeof(T));
+  cuda_emulator::Exchange(mask, words, sizeof(T) / 4, out);
+  T result;
+  std::memcpy(&result, out[source & 31], sizeof(T));
+  return result;
+}
+template <typename T>
+T __shfl_sync(unsigned mask, T value, int source) {
+  return EmulatorShuffle(mask, value, source);
+}
+template <typename T>
+T __shfl_xor_sync(unsigned mask, T value, int x) {
+  return EmulatorShuffle(mask, value, cuda_emulator::current->lane ^ x);
+}
+template <typename T>
+T __shfl_up_sync(unsigned mask, T value, int d) {
+  const int lane = cuda_emulator::current->lane;
+  return EmulatorShuffle(mask, value, lane < d ? lane : lane - d);
+}
+template <typename T>
+T __shfl_down_sync(unsigned mask, T value, int d) {
+  const int lane = cuda_emulator::current->lane;
+  return EmulatorShuffle(mask, value, lane + d > 31 ? lane : lane + d);
+}
+inline unsigned __ballot_sync(unsigned mask, bool predicate) {
+  uint32_t out[32][8], word = predicate;
+  cuda_emulator::Exchange(mask, &word, 1, out);
+  unsigned ballot = 0;
+  for (int i = 0; i < 32; ++i) {
+    if ((mask >> i & 1u) && out[i][0]) ballot |= 1u << i;
+  }
+  return ballot;
+}
+inline bool __any_sync(unsigned mask, bool p) { return __ballot_sync(mask, p) != 0; }
+inline bool __all_sync(unsigned mask, bool p) { return __ballot_sync(mask, p) == mask; }
+inline int __syncthreads_count(bool p) {
+  static int count[2];
+  static int phase = 0;
+  (void)phase;
+  __syncthreads();
+  count[0] = 0;
+  __syncthreads();
+  count[0] += p;
+  __syncthreads();
+  return count[0];
+}
+inline int __popc(unsigned x) { return __builtin_popcount(x); }
+inline int __ffs(unsigned x) { return __builtin_ffs(x); }
+inline int __clz(int x) { return x == 0 ? 32 : __builtin_clz(x); }
+inline unsigned __byte_perm(unsigned a, unsigned b, unsigned s) {
+  const uint64_t both = static_cast<uint64_t>(b) << 32 | a;
+  unsigned r = 0;
+  for (int i = 0; i < 4; ++i)
+    r |= static_cast<unsigned>(both >> (8 * (s >> (4 * i) & 7)) & 0xff) << (8 * i);
+  return r;
+}
+inline unsigned __float_as_uint(float x) {
+  unsigned r;
+  std::memcpy(&r, &x, 4);
+  return r;
+}
+inline float __uint_as_float(unsigned x) {
+  float r;
+  std::memcpy(&r, &x, 4);
+  return r;
+}
+inline int __float_as_int(float x) {
+  int r;
+  std::memcpy(&r, &x, 4);
+  return r;
+}
+inline float __int_as_float(int x) {
+  float r;
+  std::memcpy(&r, &x, 4);
+  return r;
+}
+inline float __fmul_rn(float a, float b) { return a * b; }
+inline float __fadd_rn(float a, float b) { return a + b; }
+inline float __fsub_rn(float a, float b) { return a - b; }
+inline float __fdiv_rn(float a, float b) { return a / b; }
+inline float __fsqrt_rn(float a) { return std::sqrt(a); }
+inline double __dmul_rn(double a, double b) { return a * b; }
+inline double __dadd_rn(double a, double b) { return a + b; }
+inline float rsqrtf(float a) { return 1 / std::sqrt(a); }
+template <typename T>
+T __ldg(const T* p) {
+  return *p;
+}
+template <typename T>
+T __ldcs(const T* p) {
+  return *p;
+}
+template <typename T>
+void __stcs(T* p, T v) {
+  *p = v;
+}
+template <typename T, typename U>
+T atomicAdd(T* p, U v) {
+  T old = *p;
+  *p = static_cast<T>(old + v);
+  return old;
+}
+template <typename T, typename U>
+T atomicMax(T* p, U v) {
+  T old = *p;
+  *p = std::max<T>(old, v);
+  return old;
+}
+template <typename T, typename U>
+T atomicMin(T* p, U v) {
+  T old = *p;
+  *p = std::min<T>(old, v);
+  return old;
+}
+template <typename T, typename U>
+T atomicOr(T* p, U v) {
+  T old = *p;
+  *p = old | v;
+  return old;
+}
+template <typename T, typename U>
+T atomicExch(T* p, U v) {
+  T old = *p;
+  *p = v;
+  return old;
+}
+template <typename T, typename U, typename V>
+T atomicCAS(T* p, U c, V v) {
+  T old = *p;
+  if (old == static_cast<T>(c)) *p = v;
+  return old;
+}
+using std::max;
+using std::min;
+
+#endif  // CLUSTERKV_TESTS_GPU_EMULATOR_CUDA_RUNTIME_H_

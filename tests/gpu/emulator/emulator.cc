@@ -1,0 +1,205 @@
+#include <cstdio>
+#include <map>
+#include <memory>
+#include <vector>
+
+#include "cuda_runtime.h"
+
+namespace cuda_emulator {
+
+Thread* current = nullptr;
+dim3 block_dim, grid_dim;
+int cluster_blocks = 1;
+
+namespace {
+
+constexpr size_t kStackBytes = 128 << 10;
+
+struct Barrier {
+  int arrived = 0;
+  uint64_t generation = 0;
+};
+
+struct Fiber {
+  Thread thread;
+  void* stack_pointer = nullptr;
+  unsigned char* stack = nullptr;
+  bool done = false;
+  // While not null: not runnable until *waits_for differs from waits_while.
+  const uint64_t* waits_for = nullptr;
+  uint64_t waits_while = 0;
+};
+
+struct Warp {
+  std::map<uint32_t, Barrier> barriers;  // by mask
+  uint32_t slots[32][8];
+};
+
+struct Block {
+  Barrier barrier;
+  std::vector<Warp> warps;
+  std::vector<unsigned char> shared;
+  int live = 0;
+};
+
+std::vector<Block> blocks;
+Barrier cluster_barrier;
+int cluster_live = 0;
+std::vector<Fiber> fibers;
+std::vector<unsigned char*> stacks;
+Fiber* running = nullptr;
+void* scheduler_stack_pointer = nullptr;
+const std::function<void()>* kernel = nullptr;
+uint64_t launches = 0;
+
+extern "C" void ckv_emulator_switch(void** save, void* load);
+asm(R"(
+.text
+.globl ckv_emulator_switch
+ckv_emulator_switch:
+  pushq %rbp
+  pushq %rbx
+  pushq %r12
+  pushq %r13
+  pushq %r14
+  pushq %r15
+  movq %rsp, (%rdi)
+  movq %rsi, %rsp
+  popq %r15
+  popq %r14
+  popq %r13
+  popq %r12
+  popq %rbx
+  popq %rbp
+  ret
+)");
+
+void Yield() {
+  Fiber* self = running;
+  ckv_emulator_switch(&self->stack_pointer, scheduler_stack_pointer);
+}
+
+void FiberMain() {
+  (*kernel)();
+  running->done = true;
+  Block& block = blocks[running->thread.block_in_cluster];
+  --block.live;
+  --cluster_live;
+  // A thread that has left counts as arrived, as on the device.
+  if (block.live > 0 && block.barrier.arrived == block.live) {
+    block.barrier.arrived = 0;
+    ++block.barrier.generation;
+  }
+  Yield();
+  std::abort();
+}
+
+void Wait(Barrier& barrier, int expected) {
+  if (++barrier.arrived == expected) {
+    barrier.arrived = 0;
+    ++barrier.generation;
+    return;
+  }
+  running->waits_for = &barrier.generation;
+  running->waits_while = barrier.generation;
+  Yield();
+}
+
+void Prepare(Fiber& fiber, size_t index) {
+  if (stacks.size() <= index) {
+    stacks.push_back(static_cast<unsigned char*>(std::aligned_alloc(4096, kStackBytes)));
+  }
+  fiber.stack = stacks[index];
+  void** top = reinterpret_cast<void**>(fiber.stack + kStackBytes - 64);
+  *--top = nullptr;  // keeps the stack aligned as after a call
+  *--top = reinterpret_cast<void*>(&FiberMain);
+  for (int i = 0; i < 6; ++i) *--top = nullptr;
+  fiber.stack_pointer = top;
+}
+
+void RunCluster(dim3 grid, dim3 block, size_t shared_bytes, int first_block, int count) {
+  const int threads = static_cast<int>(block.x * block.y * block.z);
+  blocks.assign(count, Block());
+  fibers.assign(static_cast<size_t>(threads) * count, Fiber());
+  cluster_barrier = Barrier();
+  cluster_live = threads * count;
+  for (int b = 0; b < count; ++b) {
+    blocks[b].live = threads;
+    blocks[b].warps.resize((threads + 31) / 32);
+    blocks[b].shared.assign(shared_bytes + 1024, 0xff);
+    for (int t = 0; t < threads; ++t) {
+      Fiber& fiber = fibers[static_cast<size_t>(b) * threads + t];
+      const unsigned linear = static_cast<unsigned>(first_block + b);
+      fiber.thread.thread_idx = dim3(t % block.x, t / block.x % block.y, t / (block.x * block.y));
+      fiber.thread.block_idx =
+          dim3(linear % grid.x, linear / grid.x % grid.y, linear / (grid.x * grid.y));
+      fiber.thread.lane = t % 32;
+      fiber.thread.warp = t / 32;
+      fiber.thread.block_in_cluster = b;
+      Prepare(fiber, static_cast<size_t>(b) * threads + t);
+    }
+  }
+  const bool backwards = launches % 2 == 1;
+  while (cluster_live > 0) {
+    bool progress = false;
+    for (size_t i = 0; i < fibers.size(); ++i) {
+      Fiber& fiber = fibers[backwards ? fibers.size() - 1 - i : i];
+      if (fiber.done) continue;
+      if (fiber.waits_for != nullptr) {
+        if (*fiber.waits_for == fiber.waits_while) continue;
+        fiber.waits_for = nullptr;
+      }
+      progress = true;
+      running = &fiber;
+      current = &fiber.thread;
+      ckv_emulator_switch(&scheduler_stack_pointer, fiber.stack_pointer);
+    }
+    if (!progress) {
+      std::fprintf(stderr, "cuda emulator: deadlock, block %d\n", first_block);
+      std::abort();
+    }
+  }
+}
+
+}  // namespace
+
+unsigned char* SharedMemory() {
+  const uintptr_t at = reinterpret_cast<uintptr_t>(blocks[current->block_in_cluster].shared.data());
+  return reinterpret_cast<unsigned char*>((at + 1023) / 1024 * 1024);
+}
+
+void SyncThreads() {
+  Block& block = blocks[current->block_in_cluster];
+  Wait(block.barrier, block.live);
+}
+
+void SyncCluster() { Wait(cluster_barrier, cluster_live); }
+
+void Exchange(uint32_t mask, const uint32_t* words, int count, uint32_t (*out)[8]) {
+  Warp& warp = blocks[current->block_in_cluster].warps[current->warp];
+  const int lane = current->lane;
+  const int expected = __builtin_popcount(mask);
+  if (!(mask >> lane & 1u)) {
+    std::fprintf(stderr, "cuda emulator: lane %d is not in mask %08x\n", lane, mask);
+    std::abort();
+  }
+  std::memcpy(warp.slots[lane], words, sizeof(uint32_t) * count);
+  Wait(warp.barriers[mask], expected);
+  for (int i = 0; i < 32; ++i) {
+    std::memcpy(out[i], warp.slots[mask >> i & 1u ? i : lane], sizeof(uint32_t) * count);
+  }
+  Wait(warp.barriers[mask], expected);
+}
+
+void Launch(dim3 grid, dim3 block, size_t shared_bytes, int cluster,
+            const std::function<void()>& body) {
+  kernel = &body;
+  block_dim = block;
+  grid_dim = grid;
+  cluster_blocks = cluster;
+  const int total = static_cast<int>(grid.x * grid.y * grid.z);
+  for (int b = 0; b < total; b += cluster) RunCluster(grid, block, shared_bytes, b, cluster);
+  ++launches;
+}
+
+}  // namespace cuda_emulator
