@@ -235,6 +235,16 @@ absl::StatusOr<PageReservation> Arena::Reserve(int64_t pages) {
   return reservation;
 }
 
+PageReservation Arena::Split(PageReservation& from, int64_t pages) {
+  PageReservation reservation;
+  absl::MutexLock lock(&mutex_);
+  CKV_CHECK(from.arena_ == this && pages >= 0 && pages <= from.pages_) << pages;
+  from.pages_ -= pages;
+  reservation.arena_ = this;
+  reservation.pages_ = pages;
+  return reservation;
+}
+
 absl::Status Arena::TakeReserved(int64_t pages, PageReservation* reservation) {
   const bool ours = reservation != nullptr && reservation->arena_ == this;
   const int64_t promised = ours ? std::min(pages, reservation->pages_) : 0;
@@ -340,7 +350,7 @@ int64_t Arena::changes() const {
   return changes_;
 }
 
-std::vector<std::string> Arena::Audit() const {
+std::vector<std::string> Arena::Audit(PageLedger* counted_out) const {
   std::vector<std::string> problems;
   std::vector<uint8_t> seen(static_cast<size_t>(total_pages_), 0);
   absl::MutexLock lock(&mutex_);
@@ -377,6 +387,7 @@ std::vector<std::string> Arena::Audit() const {
         break;
     }
   }
+  if (counted_out != nullptr) *counted_out = counted;
   const int64_t lost = std::count(seen.begin(), seen.end(), 0);
   if (lost != 0) problems.push_back(absl::StrCat(lost, " pages are nowhere"));
   if (!(counted == ledger_) || !ledger_.Balanced()) {

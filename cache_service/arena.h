@@ -121,6 +121,9 @@ class Arena {
   // Errors: ARENA_FULL with neededPages, freePages, reservedPages, totalPages; InvalidArgument for
   // pages < 0.
   absl::StatusOr<PageReservation> Reserve(int64_t pages);
+  // Moves `pages` of what `from` was promised to a reservation of its own.
+  // REQUIRES: 0 <= pages <= from.pages().
+  PageReservation Split(PageReservation& from, int64_t pages);
   // `pages` pages in state filling, taken out of `reservation` as far as it reaches, then out of
   // the unreserved free ones. reservation may be null. Errors: as Reserve; nothing is taken then.
   absl::StatusOr<PageBlock> Allocate(int64_t pages, PageReservation* reservation);
@@ -136,7 +139,8 @@ class Arena {
   PageLedger ledger() const;
   // Recounts every page from the free stack and the blocks that are alive, and says what is wrong:
   // a page in two places or in none, or a count other than the ledger's. Empty: all is well.
-  std::vector<std::string> Audit() const;
+  // What was counted goes to *counted, if that is not null.
+  std::vector<std::string> Audit(PageLedger* counted = nullptr) const;
   // Counts operations that change the ledger: equal before and after means that nothing moved.
   int64_t changes() const;
 

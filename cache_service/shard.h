@@ -1,14 +1,15 @@
-// A shard: one device's sequences, their memory and their work. The core of the service, without gRPC.
+// A shard: one device's sequences, their memory and their work. The core of the service, without
+// gRPC.
 //
-// RPC handlers parse, validate against limits, call a Shard, encode. All methods are thread-safe and none
-// blocks on device work: what takes long runs on the shard's executors and answers by callback (on an
-// executor thread; callbacks must not block). Deadlines and cancellation are checked when work is queued
-// and again when it starts.
+// RPC handlers parse, validate against limits, call a Shard, encode. All methods are thread-safe
+// and none blocks on device work: what takes long runs on the shard's executors and answers by
+// callback (on an executor thread; callbacks must not block). Deadlines and cancellation are
+// checked when work is queued and again when it starts.
 //
-// Life of a sequence: OPEN -> FILLING -> CLUSTERING -> READY <-> APPENDING -> RELEASED (architecture).
-// Layers become ready one by one: clustering of a layer runs on the build executor while later layers
-// arrive. Per (sequence, layer), builds and selects are serialised in the order of their calls, so that
-// a select after an acknowledged append sees that append.
+// Life of a sequence: OPEN -> FILLING -> CLUSTERING -> READY <-> APPENDING -> RELEASED
+// (architecture). Layers become ready one by one: clustering of a layer runs on the build executor
+// while later layers arrive. Per (sequence, layer), builds and selects are serialised in the order
+// of their calls, so that a select after an acknowledged append sees that append.
 //
 // Every error is made by Error() (proto/error.h).
 #ifndef CLUSTERKV_CACHE_SERVICE_SHARD_H_
@@ -27,7 +28,11 @@
 #include "absl/time/time.h"
 #include "absl/types/span.h"
 #include "cache_service/arena.h"
+#include "cache_service/call_context.h"
+#include "cache_service/presets.h"
+#include "clusterkv/v1/admin_service.pb.h"
 #include "clusterkv/v1/cache_service.pb.h"
+#include "clusterkv/v1/session_service.pb.h"
 #include "kernels/hot_cache/hot_cache.h"
 #include "kernels/index/index.h"
 #include "kernels/select/select.h"
@@ -50,41 +55,6 @@ struct ShardOptions {
   bool verify_recalls = false;
 };
 
-// How the calls of one RPC end early. Copyable; is_cancelled is asked from executor threads.
-struct CallContext {
-  absl::Time deadline = absl::InfiniteFuture();
-  std::function<bool()> is_cancelled;  // may be null
-};
-
-// Everything a sequence is built and answered by, a preset resolved: no "as the preset" left.
-struct SequenceParams {
-  std::string preset;
-  kernels::KvShape shape;
-  int64_t layers = 0;
-  int64_t prompt_tokens = 0;
-  int64_t max_decode_tokens = 0;
-  int64_t sink_tokens = 16;
-  int64_t window_tokens = 320;   // 0: decoded tokens are never clustered
-  int64_t window_clusters = 0;   // 0: window_tokens / tokens_per_cluster
-  v1::Metric metric = v1::METRIC_BALANCED;  // RAW or BALANCED (balanced only where query_rms came)
-  bool metric_required = false;  // BALANCED was asked for by name: a layer without query_rms is an error
-  kernels::IndexParams index;
-  // As asked; SelectParamsFor turns it into kernel parameters.
-  kernels::SelectMode mode = kernels::SelectMode::kSharedPerKvHead;
-  int64_t budget_tokens = 64, coded_tokens = 2048, refine_factor = 0;
-  float estimated_fraction = 0.25f;
-  const kernels::RecordCodec* codec = nullptr;
-};
-
-// The three presets, to the letter (presets.cc), with what the request sets differently.
-// Errors: INVALID_FIELD, BUDGET_ZERO, UNSUPPORTED, naming the field.
-absl::StatusOr<SequenceParams> ResolveParams(const v1::OpenSequenceRequest& request);
-// `params` with what `config` sets differently. Errors: as above.
-absl::StatusOr<SequenceParams> WithSelectConfig(SequenceParams params, const v1::SelectConfig& config);
-// Kernel parameters: scored tokens = max(coded_tokens, budget - sinks), or refine_factor * (budget -
-// sinks), or 0; all bounded by nothing but the context.
-kernels::SelectParams SelectParamsFor(const SequenceParams& params);
-
 struct KvChunkView {
   int64_t layer = 0, first_token = 0, tokens = 0;
   std::string_view keys, values;  // [tokens, kv_heads, head_dim]
@@ -93,11 +63,11 @@ struct KvChunkView {
 
 // One layer of one sequence, its queries already float.
 struct SelectCall {
-  v1::SequenceHandle sequence;      // unless attachment_id is set
+  v1::SequenceHandle sequence;  // unless attachment_id is set
   uint64_t attachment_id = 0;
   int64_t layer = 0;
-  std::vector<float> queries;       // [query_heads, head_dim]
-  v1::SelectConfig select;          // what differs
+  std::vector<float> queries;  // [query_heads, head_dim]
+  v1::SelectConfig select;     // what differs
   // SelectAndRecall only:
   bool recall = false;
   uint64_t step = 0;
@@ -106,8 +76,9 @@ struct SelectCall {
 
 // The records that a head's selection needs and the worker lacks: pinned, not copied.
 struct HeadRecall {
-  std::vector<int32_t> positions;        // misses, ascending
-  std::vector<const std::byte*> records; // [positions], each record_bytes; valid while the call's pins live
+  std::vector<int32_t> positions;  // misses, ascending
+  std::vector<const std::byte*>
+      records;  // [positions], each record_bytes; valid while the call's pins live
 };
 
 struct SelectAnswer {
@@ -117,11 +88,11 @@ struct SelectAnswer {
   int64_t window_begin = 0;
   std::vector<kernels::HeadSelection> heads;  // [kv_heads]
   std::vector<int64_t> estimated_tokens;      // [kv_heads]
-  bool cluster_granular = false;              // the attachment's cache is by cluster: name the clusters
+  bool cluster_granular = false;  // the attachment's cache is by cluster: name the clusters
   int64_t record_bytes = 0;
-  std::vector<HeadRecall> recalls;            // [kv_heads]; empty unless recall was asked for
+  std::vector<HeadRecall> recalls;  // [kv_heads]; empty unless recall was asked for
   int64_t hits = 0, misses = 0;
-  std::shared_ptr<void> pins;                 // keeps the parts' pages while records are read
+  std::shared_ptr<void> pins;  // keeps the parts' pages while records are read
 };
 
 struct SelectBatchAnswer {
@@ -158,15 +129,15 @@ class Shard {
   virtual absl::StatusOr<v1::Sequence> Fork(const v1::ForkSequenceRequest& request) = 0;
   virtual absl::Status Release(const v1::SequenceHandle& sequence) = 0;
   virtual absl::Status Evict(const v1::SequenceHandle& sequence, bool force) = 0;
-  // Validates everything before it writes anything. Answers once the tokens are in and, where a window
-  // is full, its clustering is queued before any later select of the layer.
+  // Validates everything before it writes anything. Answers once the tokens are in and, where a
+  // window is full, its clustering is queued before any later select of the layer.
   virtual absl::StatusOr<v1::AppendKvResponse> Append(const v1::AppendKvRequest& request) = 0;
 
   // --- decode
   virtual absl::StatusOr<v1::AttachResponse> Attach(const v1::AttachRequest& request) = 0;
   virtual absl::Status Detach(uint64_t attachment_id) = 0;
-  // All items on the select executor, as one piece of work per (item, KV head). With `inline_ok` and an
-  // idle executor the calling thread may do it itself. `done` is called exactly once.
+  // All items on the select executor, as one piece of work per (item, KV head). With `inline_ok`
+  // and an idle executor the calling thread may do it itself. `done` is called exactly once.
   virtual void Select(std::vector<SelectCall> items, const CallContext& context, bool inline_ok,
                       std::function<void(SelectBatchAnswer)> done) = 0;
   // Records by token or cluster: validated first, then pinned.
@@ -189,7 +160,8 @@ class Shard {
   virtual absl::StatusOr<SteadyZone> GetSteadyZone(const v1::SequenceHandle& sequence,
                                                    int64_t layer) = 0;
   // One KV head's index, part by part, in the shape of the API.
-  virtual absl::StatusOr<std::vector<v1::IndexChunk>> GetIndex(const v1::GetIndexRequest& request) = 0;
+  virtual absl::StatusOr<std::vector<v1::IndexChunk>> GetIndex(
+      const v1::GetIndexRequest& request) = 0;
 
   // --- sessions
   struct SessionEvents {

@@ -1,0 +1,45 @@
+// What a shard counts since its start. All functions are thread-safe and never block.
+#ifndef CLUSTERKV_CACHE_SERVICE_SHARD_COUNTERS_H_
+#define CLUSTERKV_CACHE_SERVICE_SHARD_COUNTERS_H_
+
+#include <array>
+#include <atomic>
+#include <cstdint>
+
+#include "absl/time/time.h"
+#include "clusterkv/v1/admin_service.pb.h"
+#include "clusterkv/v1/errors.pb.h"
+
+namespace clusterkv::cache_service {
+
+// Durations in buckets that are a twelfth wide at most: quantiles to 10 %, in 2 KiB.
+class LatencyHistogram {
+ public:
+  void Record(absl::Duration duration);
+  // The upper end, in microseconds, of the bucket that holds the quantile; 0 without records.
+  uint32_t QuantileUs(double quantile) const;
+
+ private:
+  static constexpr int kPerOctave = 8, kOctaves = 32;
+  static int BucketOf(uint64_t us);
+  std::array<std::atomic<uint64_t>, kPerOctave * kOctaves> counts_{};
+};
+
+struct ShardCounters {
+  std::atomic<uint64_t> selects{0}, recalled_tokens{0}, recalled_bytes{0}, state_bytes{0};
+  std::atomic<uint64_t> hits{0}, misses{0}, ingested_bytes{0}, evictions{0};
+  std::atomic<uint64_t> link_fallbacks{0};         // to grpc, for want of a better link
+  std::array<std::atomic<uint64_t>, 64> errors{};  // by reason
+  LatencyHistogram select_latency;
+
+  void CountError(v1::ErrorReason reason);
+  // Fills in all that is counted here.
+  void AddTo(v1::Stats& stats) const;
+};
+
+// Resident memory of this process; 0 where the system does not tell.
+uint64_t ResidentBytes();
+
+}  // namespace clusterkv::cache_service
+
+#endif  // CLUSTERKV_CACHE_SERVICE_SHARD_COUNTERS_H_
