@@ -174,7 +174,10 @@ void Server::Impl::Shutdown(absl::Duration grace) {
     metrics_endpoint.reset();
     if (acceptor != nullptr) acceptor->Stop();
     rpc.streams.EndAll(Error(v1::DRAINING, "server: shutting down; reconnect to another"));
-    const auto deadline = absl::ToChronoTime(absl::Now() + grace);
+    // gRPC's own shutdown cuts in-process streams at once: their reason must have left before.
+    const absl::Time limit = absl::Now() + grace;
+    rpc.streams.AwaitNone(grace);
+    const auto deadline = absl::ToChronoTime(limit);
     for (Port* port : {&data, &admin}) {
       if (port->server != nullptr) port->server->Shutdown(deadline);
     }

@@ -129,8 +129,7 @@ Acceptor::Acceptor(std::vector<Listener> listeners, int64_t max_connections, Ser
 absl::StatusOr<std::unique_ptr<Acceptor>> Acceptor::Start(std::vector<Listener> listeners,
                                                           int64_t max_connections,
                                                           ServerMetrics* metrics) {
-  std::unique_ptr<Acceptor> acceptor(
-      new Acceptor(std::move(listeners), max_connections, metrics));
+  std::unique_ptr<Acceptor> acceptor(new Acceptor(std::move(listeners), max_connections, metrics));
   if (!acceptor->wake_.valid()) return absl::UnavailableError("eventfd: no descriptor left");
   acceptor->thread_ = std::thread([raw = acceptor.get()] { raw->Loop(); });
   return acceptor;

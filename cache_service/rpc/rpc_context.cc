@@ -37,6 +37,12 @@ void StreamRegistry::EndAll(const absl::Status& status) {
   for (const auto& stream : open) stream->EndStream(status);
 }
 
+bool StreamRegistry::AwaitNone(absl::Duration limit) {
+  absl::MutexLock lock(&mutex_);
+  const auto none = [this]() ABSL_SHARED_LOCKS_REQUIRED(mutex_) { return streams_.empty(); };
+  return mutex_.AwaitWithTimeout(absl::Condition(&none), limit);
+}
+
 v1::Stats RpcContext::Stats() const {
   v1::Stats stats = shard->GetStats();
   metrics->AddTo(&stats);
@@ -46,8 +52,9 @@ v1::Stats RpcContext::Stats() const {
 void RpcContext::CountError(Method method, const absl::Status& status) const {
   const v1::ErrorReason reason = ReasonOf(status);
   shard->CountError(reason);
-  const bool ours = reason == v1::INTERNAL_ERROR || reason == v1::CHECKSUM_MISMATCH;
-  const LogLevel level = ours ? LogLevel::kError : LogLevel::kDebug;
+  const LogLevel level = reason == v1::INTERNAL_ERROR      ? LogLevel::kError
+                         : reason == v1::CHECKSUM_MISMATCH ? LogLevel::kWarning
+                                                           : LogLevel::kDebug;
   if (!LogEnabled(level)) return;
   Log(level, "call failed",
       {{"method", MethodName(method)},

@@ -41,6 +41,8 @@ class StreamRegistry {
   void Remove(OpenStream* stream) ABSL_LOCKS_EXCLUDED(mutex_);
   // Ends all, those included that are added later.
   void EndAll(const absl::Status& status) ABSL_LOCKS_EXCLUDED(mutex_);
+  // Waits until no stream is open. Returns whether it came to that within `limit`.
+  bool AwaitNone(absl::Duration limit) ABSL_LOCKS_EXCLUDED(mutex_);
 
  private:
   absl::Mutex mutex_;

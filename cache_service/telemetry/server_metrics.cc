@@ -122,10 +122,12 @@ void ServerMetrics::CountLinkFallback(const std::string& reason) {
 }
 
 void ServerMetrics::AddTo(v1::Stats* stats) const {
-  stats->set_state_bytes(stats->state_bytes() + state_bytes_.load(std::memory_order_relaxed));
+  // As they went over the wire; the shard knows neither the states' type nor why a link was refused.
+  stats->set_state_bytes(state_bytes_.load(std::memory_order_relaxed));
+  stats->clear_link_fallbacks();
   absl::MutexLock lock(&mutex_);
   for (const auto& [reason, count] : link_fallbacks_) {
-    (*stats->mutable_link_fallbacks())[reason] += count;
+    (*stats->mutable_link_fallbacks())[reason] = count;
   }
 }
 

@@ -398,8 +398,10 @@ void BadInput::AddSequenceCases() {
   cases_["seal-missing"] = [this] { return Seal("filling"); };
   cases_["seal-unknown"] = [this] { return Seal("nobody"); };
   cases_["seal-deadline"] = [] {
-    ServiceHarness hasty(Transport::kTcp,
-                         [](Config* c) { c->default_deadline = absl::Milliseconds(1); });
+    ServiceHarness hasty(Transport::kTcp, [](Config* c) {
+      c->default_deadline = absl::Milliseconds(1);
+      c->shard.arena_bytes = 256 << 20;
+    });
     TestSequence sequence;
     sequence.tokens = 8000;
     sequence.head_dim = 128;
