@@ -1,4 +1,5 @@
-// The one way that the service says no: an absl::Status whose canonical code follows from its reason.
+// The one way that the service says no: an absl::Status whose canonical code follows from its
+// reason.
 //
 // Reason and metadata travel as a payload; grpc_status.h turns them into google.rpc.ErrorInfo.
 // Codes are chosen by what the caller should do: see README.md for the table.
@@ -23,8 +24,9 @@ absl::StatusCode CodeOf(v1::ErrorReason reason);
 // A status of CodeOf(reason). `message` names field, expected and got.
 absl::Status Error(v1::ErrorReason reason, std::string_view message, ErrorMetadata metadata = {});
 
-// The reason of a status made by Error; for others: a reason by code (InvalidArgument: INVALID_FIELD,
-// Cancelled: CANCELLED_BY_CLIENT, DeadlineExceeded: QUEUE_DEADLINE, otherwise INTERNAL_ERROR).
+// The reason of a status made by Error; for others: a reason by code (InvalidArgument:
+// INVALID_FIELD, Cancelled: CANCELLED_BY_CLIENT, DeadlineExceeded: QUEUE_DEADLINE, otherwise
+// INTERNAL_ERROR).
 v1::ErrorReason ReasonOf(const absl::Status& status);
 ErrorMetadata MetadataOf(const absl::Status& status);
 

@@ -1,4 +1,5 @@
-// absl::Status <-> grpc::Status: same canonical code, reason and metadata as one google.rpc.ErrorInfo.
+// absl::Status <-> grpc::Status: same canonical code, reason and metadata as one
+// google.rpc.ErrorInfo.
 #ifndef CLUSTERKV_PROTO_GRPC_STATUS_H_
 #define CLUSTERKV_PROTO_GRPC_STATUS_H_
 

@@ -41,7 +41,7 @@ class RunningDigest {
  public:
   RunningDigest() : state_(XXH3_createState(), &XXH3_freeState) { XXH3_64bits_reset(state_.get()); }
   void Add(const void* data, size_t bytes) { XXH3_64bits_update(state_.get(), data, bytes); }
-  uint64_t value() const { return XXH3_64bits_digest(state_.get()); }
+  uint64_t Finish() const { return XXH3_64bits_digest(state_.get()); }
 
  private:
   std::unique_ptr<XXH3_state_t, decltype(&XXH3_freeState)> state_;
@@ -509,7 +509,7 @@ int64_t DecodeSession::window_begin(int64_t layer) const {
 
 LayerDigests DecodeSession::digests(int64_t layer) const {
   const Layer& of = impl_->layers[layer];
-  return {of.selection.value(), of.state.value(), of.recalled.value()};
+  return {of.selection.Finish(), of.state.Finish(), of.recalled.Finish()};
 }
 
 int64_t DecodeSession::held_bytes() const {

@@ -1,7 +1,7 @@
 // A decode worker's use of one sequence: attach, and per step and layer the attention output.
 //
-// Step selects and recalls over one stream, keeps the hot cache, and merges exact attention over sinks,
-// window and recalled tokens with the service's state. Not thread-safe.
+// Step selects and recalls over one stream, keeps the hot cache, and merges exact attention over
+// sinks, window and recalled tokens with the service's state. Not thread-safe.
 #ifndef CLUSTERKV_WORKER_DECODE_SESSION_H_
 #define CLUSTERKV_WORKER_DECODE_SESSION_H_
 
@@ -19,25 +19,25 @@
 namespace clusterkv::worker {
 
 struct DecodeOptions {
-  v1::HotCacheConfig hot_cache;          // capacity_tokens: 1,024 by habit
-  v1::SelectConfig select;               // what differs from the sequence's
+  v1::HotCacheConfig hot_cache;  // capacity_tokens: 1,024 by habit
+  v1::SelectConfig select;       // what differs from the sequence's
   v1::ElementType state_type = v1::ELEMENT_TYPE_FLOAT16;
-  bool append_to_service = true;         // AppendKv of decoded tokens; false: the window stays here alone
-  bool digests = false;                  // keep digests of selections, states and recalled bytes
-  std::vector<v1::Link> links;           // that this worker can use, best first; empty: GRPC
+  bool append_to_service = true;  // AppendKv of decoded tokens; false: the window stays here alone
+  bool digests = false;           // keep digests of selections, states and recalled bytes
+  std::vector<v1::Link> links;    // that this worker can use, best first; empty: GRPC
   // How long Step polls for an answer before it sleeps: a core for microseconds of latency.
   absl::Duration spin = absl::ZeroDuration();
 };
 
 // What one Step of one layer did, summed over its KV heads.
 struct StepFigures {
-  int64_t exact_tokens = 0;      // named by the selection, sinks and window left out
-  int64_t recalled_tokens = 0;   // records received
+  int64_t exact_tokens = 0;     // named by the selection, sinks and window left out
+  int64_t recalled_tokens = 0;  // records received
   int64_t recalled_bytes = 0;
-  int64_t state_bytes = 0;       // output and log-sum-exp as received
+  int64_t state_bytes = 0;  // output and log-sum-exp as received
   int64_t hits = 0;
-  double select_us = 0;          // request sent until the selection was here
-  double recall_us = 0;          // from then until the last record was here
+  double select_us = 0;  // request sent until the selection was here
+  double recall_us = 0;  // from then until the last record was here
 };
 
 struct LayerDigests {
@@ -46,7 +46,8 @@ struct LayerDigests {
 
 class DecodeSession {
  public:
-  // Attaches and fetches the steady zone. The sequence must be READY. `client` outlives the session.
+  // Attaches and fetches the steady zone. The sequence must be READY. `client` outlives the
+  // session.
   static absl::StatusOr<std::unique_ptr<DecodeSession>> Attach(Client* client,
                                                                const v1::SequenceHandle& sequence,
                                                                const DecodeOptions& options);
@@ -57,14 +58,17 @@ class DecodeSession {
   v1::Link link() const;
   const std::string& link_reason() const;
 
-  // The decoded token's own K and V of a layer [kv_heads, head_dim], before the Step that attends to it.
-  absl::Status Append(int64_t layer, absl::Span<const std::byte> key, absl::Span<const std::byte> value);
+  // The decoded token's own K and V of a layer [kv_heads, head_dim], before the Step that attends
+  // to it.
+  absl::Status Append(int64_t layer, absl::Span<const std::byte> key,
+                      absl::Span<const std::byte> value);
   // output [query_heads, head_dim] = attention of queries [query_heads, head_dim] of the sequence's
   // element type over all tokens. figures may be null.
-  // Errors: as the service's. After RESIDENCY_STALE, records other than those missed or with a wrong
-  // checksum, or a broken stream it resets the layer's residency and tries once more; a lost attachment
-  // is made anew. After a restart of the server it answers FailedPrecondition STALE_BOOT_ID: the sequence
-  // is gone and must be prefilled again. `output` is written on success only.
+  // Errors: as the service's. After RESIDENCY_STALE, records other than those missed or with a
+  // wrong checksum, or a broken stream it resets the layer's residency and tries once more; a lost
+  // attachment is made anew. After a restart of the server it answers FailedPrecondition
+  // STALE_BOOT_ID: the sequence is gone and must be prefilled again. `output` is written on success
+  // only.
   absl::Status Step(int64_t layer, absl::Span<const std::byte> queries, absl::Span<float> output,
                     StepFigures* figures);
 

@@ -122,7 +122,8 @@ void ServerMetrics::CountLinkFallback(const std::string& reason) {
 }
 
 void ServerMetrics::AddTo(v1::Stats* stats) const {
-  // As they went over the wire; the shard knows neither the states' type nor why a link was refused.
+  // As they went over the wire; the shard knows neither the states' type nor why a link was
+  // refused.
   stats->set_state_bytes(state_bytes_.load(std::memory_order_relaxed));
   stats->clear_link_fallbacks();
   absl::MutexLock lock(&mutex_);
@@ -257,7 +258,7 @@ void MetricWriter::ServerFigures(const ServerMetrics& metrics, int64_t connectio
 }
 
 std::vector<prometheus::MetricFamily> ServerMetrics::Families(const v1::Stats& stats,
-                                                          int64_t connections) const {
+                                                              int64_t connections) const {
   MetricWriter writer;
   writer.ShardFigures(stats);
   writer.ServerFigures(*this, connections);

@@ -165,10 +165,10 @@ struct BadRequest {
   std::function<void(v1::OpenSequenceRequest&)> spoil;
 };
 
-TEST(PresetsTest, RefusesWhatIsOutOfRangeNamingTheField) {
+std::vector<BadRequest> BadRequests() {
   const auto nan = std::numeric_limits<float>::quiet_NaN();
   using R = v1::OpenSequenceRequest;
-  const std::vector<BadRequest> table = {
+  return {
       {"name", v1::INVALID_FIELD, [](R& r) { r.set_name(""); }},
       {"name", v1::INVALID_FIELD, [](R& r) { r.set_name(std::string(257, 'x')); }},
       {"preset", v1::INVALID_FIELD, [](R& r) { r.set_preset("best"); }},
@@ -231,7 +231,10 @@ TEST(PresetsTest, RefusesWhatIsOutOfRangeNamingTheField) {
       {"select.estimated_fraction", v1::INVALID_FIELD,
        [nan](R& r) { r.mutable_select()->set_estimated_fraction(nan); }},
   };
-  for (const BadRequest& bad : table) {
+}
+
+TEST(PresetsTest, RefusesWhatIsOutOfRangeNamingTheField) {
+  for (const BadRequest& bad : BadRequests()) {
     v1::OpenSequenceRequest request = Request("default");
     bad.spoil(request);
     const absl::Status status = ResolveParams(request).status();

@@ -27,7 +27,7 @@ int64_t Histogram::UpperOf(int index) {
   if (index < (1 << kSubBits)) return index;
   const int shift = (index >> kSubBits) - 1;
   const int64_t mantissa = (index & ((1 << kSubBits) - 1)) + (1 << kSubBits);
-  return ((mantissa + 1) << shift) - 1;
+  return (mantissa << shift) + ((int64_t{1} << shift) - 1);
 }
 
 void Histogram::Record(int64_t value) {
@@ -71,8 +71,7 @@ Histogram::Bars Histogram::EqualBars(int bars) const {
   result.counts.resize(result.marks.size());
   for (size_t i = 0; i < buckets_.size(); ++i) {
     if (buckets_[i] == 0) continue;
-    int64_t value = std::clamp(UpperOf(static_cast<int>(i)), min_, max_);
-    if (static_cast<int>(i) == IndexOf(min_)) value = min_;  // the fastest has a bar, as in ghz
+    const int64_t value = std::clamp(UpperOf(static_cast<int>(i)), min_, max_);
     const auto mark = std::lower_bound(result.marks.begin(), result.marks.end(), value);
     result.counts[mark - result.marks.begin()] += buckets_[i];
   }

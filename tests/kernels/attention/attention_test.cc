@@ -32,6 +32,7 @@ class Tokens {
     FromFloat(numbers.data(), type, static_cast<int64_t>(numbers.size()), rows_.data());
     record_bytes_ = codec_->RecordBytes(type, head_dim);
     records_.resize(count * record_bytes_);
+    if (count == 0) return;  // no rows, no address to step from
     codec_->Encode(rows_.data(), 2 * row, rows_.data() + row, 2 * row, type, head_dim, count,
                    records_.data());
   }
@@ -40,6 +41,7 @@ class Tokens {
   RawRun Raw(int64_t begin, int64_t end) const {
     if (begin == end) return {};
     const int64_t row = head_dim_ * ElementBytes(type_);
+    if (rows_.empty()) return {nullptr, nullptr, 2 * row, 2 * row, end - begin};
     const std::byte* first = rows_.data() + 2 * begin * row;
     return {first, first + row, 2 * row, 2 * row, end - begin};
   }
