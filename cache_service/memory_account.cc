@@ -118,12 +118,15 @@ void MemoryAccount::Free(MemoryUse use, PageBlock block) {
   arena_->Free(std::move(block), &promise.reservation, std::clamp<int64_t>(owed, 0, pages));
 }
 
-void MemoryAccount::Close() {
+void MemoryAccount::Waive(MemoryUse use) {
   absl::MutexLock lock(&mutex_);
-  for (Promise& promise : promises_) {
-    promise.total = 0;
-    promise.reservation = PageReservation();
-  }
+  Promise& promise = promises_[static_cast<size_t>(use)];
+  promise.total = 0;
+  promise.reservation = PageReservation();
+}
+
+void MemoryAccount::Close() {
+  for (int use = 0; use < kMemoryUses; ++use) Waive(static_cast<MemoryUse>(use));
 }
 
 int64_t MemoryAccount::reserved_pages() const {
@@ -131,11 +134,6 @@ int64_t MemoryAccount::reserved_pages() const {
   int64_t pages = 0;
   for (const Promise& promise : promises_) pages += promise.reservation.pages();
   return pages;
-}
-
-bool MemoryAccount::Promised(MemoryUse use, int64_t pages) const {
-  absl::MutexLock lock(&mutex_);
-  return promises_[static_cast<size_t>(use)].reservation.pages() >= pages;
 }
 
 }  // namespace clusterkv::cache_service

@@ -56,12 +56,12 @@ class MemoryAccount {
   // Errors: ARENA_FULL; nothing is taken then.
   absl::StatusOr<PageBlock> Allocate(MemoryUse use, int64_t pages);
   void Free(MemoryUse use, PageBlock block);
+  // Gives the promise for `use` back, for good; what is freed of it later is free for all.
+  void Waive(MemoryUse use);
   // Gives all promises back; what is freed later is free for all.
   void Close();
   // Pages promised and not taken.
   int64_t reserved_pages() const;
-  // True if the promise for `use` alone holds `pages` pages.
-  bool Promised(MemoryUse use, int64_t pages) const;
 
   Arena* arena() const { return arena_; }
 

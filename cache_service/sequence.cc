@@ -273,6 +273,7 @@ void Sequence::BuildPrompt(int64_t layer_index, kernels::ParallelFor parallel_fo
     query_rms = layer.query_rms;
   }
   auto part = ClusterPrompt(stored, query_rms, parallel_for);
+  stored = StoredRows();  // who is answered finds the memory free
   PublishBuild(layer_index, std::move(part), /*is_window=*/false);
 }
 
@@ -326,7 +327,8 @@ void Sequence::BuildWindow(int64_t layer_index, kernels::ParallelFor parallel_fo
   if (channels == nullptr && params_.metric == v1::METRIC_BALANCED) input.query_rms = query_rms;
   absl::StatusOr<std::shared_ptr<const IndexPart>> part = window.part;
   if (absl::Status status = window.part->Build(input, parallel_for); !status.ok()) part = status;
-  window.rows.reset();
+  window = Window();  // who is answered finds the memory free
+  snapshot.reset();
   PublishBuild(layer_index, std::move(part), /*is_window=*/true);
 }
 
@@ -337,7 +339,7 @@ void Sequence::PublishBuild(int64_t layer_index,
   absl::Status layer_status, seal_status;
   std::shared_ptr<const LayerSnapshot> snapshot;
   std::shared_ptr<PagedRows> freed;  // outside the lock
-  bool build_next = false;
+  bool build_next = false, all_clustered = false;
   {
     absl::MutexLock lock(&mutex_);
     if (released()) return;
@@ -359,12 +361,21 @@ void Sequence::PublishBuild(int64_t layer_index,
     snapshot = layer.snapshot;
     waiters = TakeWaiters(layer);
     seal_waiters = TakeSealWaiters(&seal_status);
+    all_clustered = !is_window && std::all_of(layers_.begin(), layers_.end(), [](const Layer& one) {
+      return one.snapshot != nullptr;
+    });
   }
   freed.reset();
+  if (all_clustered) account_->Waive(MemoryUse::kStaging);
   if (build_next) QueueWindowBuild(layer_index);
-  for (Waiter& waiter : waiters) {
-    waiter.then(layer_status.ok() ? SnapshotOr(snapshot) : SnapshotOr(layer_status));
+  while (!waiters.empty()) {
+    const Waiter waiter = std::move(waiters.front());
+    waiters.erase(waiters.begin());
+    // The last one gets the only copy: pages are not held here once all are answered.
+    SnapshotOr answer = waiters.empty() ? std::move(snapshot) : snapshot;
+    waiter.then(layer_status.ok() ? std::move(answer) : SnapshotOr(layer_status));
   }
+  snapshot.reset();
   if (seal_waiters.empty()) return;
   const v1::Sequence proto = ToProto(/*with_layers=*/true);
   for (SealWaiter& waiter : seal_waiters) {
@@ -417,7 +428,8 @@ void Sequence::End(const absl::Status& reason) {
 // --- the log of chunks
 
 void Sequence::ChunkLog::Add(TokenSpan span, uint64_t hash) {
-  if (hashes_.size() < kMaxEntries) hashes_.insert_or_assign({span.begin, span.end}, hash);
+  hashes_.insert_or_assign({span.begin, span.end}, hash);
+  if (hashes_.size() > kMaxEntries) hashes_.erase(hashes_.begin());
 }
 
 std::optional<uint64_t> Sequence::ChunkLog::Find(TokenSpan span) const {

@@ -148,7 +148,8 @@ class Sequence : public std::enable_shared_from_this<Sequence> {
   friend class SequenceTestPeer;
 
   // XXH3 of the bytes of accepted chunks, to tell a duplicate from a conflict when the bytes are
-  // no longer there as they came. Bounded: what it forgets cannot be compared.
+  // no longer there as they came. Bounded: it forgets the lowest tokens first, and what it forgot
+  // cannot be compared.
   class ChunkLog {
    public:
     void Add(TokenSpan span, uint64_t hash);
@@ -204,6 +205,9 @@ class Sequence : public std::enable_shared_from_this<Sequence> {
     std::vector<Window> windows;
     std::shared_ptr<const LayerSnapshot> snapshot;
   };
+
+  // XXH3-64 of keys, then values.
+  static uint64_t HashRows(std::string_view keys, std::string_view values);
 
   int64_t row_bytes() const { return RowBytes(params_.shape); }
   TokenSpan prompt() const { return {0, params_.prompt_tokens}; }

@@ -1,6 +1,7 @@
 // How decoded tokens come into a sequence, how its steady zone is read, and how it is forked.
 #include <algorithm>
 #include <cstring>
+#include <optional>
 #include <utility>
 
 #include "absl/strings/str_cat.h"
@@ -13,9 +14,11 @@ namespace clusterkv::cache_service {
 // What an append does to one layer.
 struct Sequence::AppendPlan {
   int64_t layer = 0;
-  PackedRows rows;    // all of the request
-  TokenSpan fresh;    // of them, to be written
-  StoredRows stored;  // what the others are compared with
+  PackedRows rows;                 // all of the request
+  TokenSpan fresh;                 // of them, to be written
+  uint64_t hash = 0;               // of rows
+  std::optional<uint64_t> logged;  // of the same tokens, put before
+  StoredRows stored;               // what the others are compared with
   // The windows that take `fresh`: the one that is filling (if any), then new ones. Those that
   // become full have their part.
   std::vector<Window> windows;
@@ -28,7 +31,7 @@ absl::StatusOr<v1::AppendKvResponse> Sequence::Append(const v1::AppendKvRequest&
   CKV_RETURN_IF_ERROR(PlanAppend(request, &plans));
   for (const AppendPlan& plan : plans) {
     const TokenSpan old{plan.rows.span.begin, plan.fresh.begin};
-    if (old.size() == 0) continue;
+    if (old.size() == 0 || plan.logged == plan.hash) continue;
     CKV_RETURN_IF_ERROR(CompareStored(plan.layer, plan.stored, plan.rows.Sub(old, row_bytes())));
   }
   CKV_RETURN_IF_ERROR(AllocateAppend(plans));
@@ -61,6 +64,7 @@ absl::Status Sequence::PlanAppend(const v1::AppendKvRequest& request,
     AppendPlan& plan = plans->emplace_back();
     plan.layer = layer.layer();
     plan.rows = {span, layer.keys().data(), layer.values().data()};
+    plan.hash = HashRows(layer.keys(), layer.values());
   }
   absl::MutexLock lock(&mutex_);
   CKV_RETURN_IF_ERROR(CheckReadyLocked());
@@ -77,6 +81,7 @@ absl::Status Sequence::PlanAppend(const v1::AppendKvRequest& request,
                     {"got", absl::StrCat(span.begin)}});
     }
     plan.fresh = {std::min(layer.end_token, span.end), span.end};
+    plan.logged = layer.log.Find(span);
     plan.stored = StoredLocked(layer);
     plan.replaces_last = !layer.windows.empty() && layer.windows.back().part == nullptr;
     if (plan.replaces_last) plan.windows.push_back(layer.windows.back());
@@ -146,6 +151,7 @@ absl::Status Sequence::PublishAppend(std::vector<AppendPlan>& plans,
           layer.windows.push_back(std::move(window));
         }
         layer.end_token = plan.fresh.end;
+        layer.log.Add(plan.rows.span, plan.hash);
         bytes += static_cast<uint64_t>(2 * plan.fresh.size() * row_bytes());
         if (was_idle && layer.builds_done != layer.builds_queued) to_build.push_back(plan.layer);
       }

@@ -19,14 +19,6 @@ namespace {
 // Scattered chunks cost memory beside the arena; nobody sends so many pieces in good faith.
 constexpr int64_t kMaxRanges = 16384;
 
-uint64_t HashRows(std::string_view keys, std::string_view values) {
-  XXH3_state_t state;
-  XXH3_64bits_reset(&state);
-  XXH3_64bits_update(&state, keys.data(), keys.size());
-  XXH3_64bits_update(&state, values.data(), values.size());
-  return XXH3_64bits_digest(&state);
-}
-
 absl::Status Conflict(int64_t layer, int64_t token, std::string_view why) {
   return Error(v1::CHUNK_CONFLICT,
                absl::StrCat("layer ", layer, ", token ", token, ": ", std::string(why)),
@@ -36,6 +28,14 @@ absl::Status Conflict(int64_t layer, int64_t token, std::string_view why) {
 constexpr std::string_view kOtherBytes = "put before, with other bytes";
 
 }  // namespace
+
+uint64_t Sequence::HashRows(std::string_view keys, std::string_view values) {
+  XXH3_state_t state;
+  XXH3_64bits_reset(&state);
+  XXH3_64bits_update(&state, keys.data(), keys.size());
+  XXH3_64bits_update(&state, values.data(), values.size());
+  return XXH3_64bits_digest(&state);
+}
 
 Sequence::PackedRows Sequence::PackedRows::Sub(TokenSpan sub, int64_t row_bytes) const {
   const int64_t skip = (sub.begin - span.begin) * row_bytes;

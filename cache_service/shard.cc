@@ -121,9 +121,12 @@ class ShardImpl : public Shard {
     if (!status.ok()) return done(std::move(status));
     absl::StatusOr<SequenceRef> sequence = store_.Find(handle);
     if (!sequence.ok()) return done(sequence.status());
-    // The reference goes with the callback: what waits for READY is in use.
-    const SequenceRef ref = *std::move(sequence);
-    ref->Seal(context, [ref, done = std::move(done)](absl::StatusOr<v1::Sequence> answer) {
+    // The reference goes with the callback: what waits for READY is in use, until it is answered.
+    SequenceRef ref = *std::move(sequence);
+    const std::shared_ptr<Sequence> target = ref.get();
+    target->Seal(context, [ref = std::move(ref),
+                           done = std::move(done)](absl::StatusOr<v1::Sequence> answer) mutable {
+      ref = SequenceRef();
       done(std::move(answer));
     });
   }

@@ -71,7 +71,8 @@ Histogram::Bars Histogram::EqualBars(int bars) const {
   result.counts.resize(result.marks.size());
   for (size_t i = 0; i < buckets_.size(); ++i) {
     if (buckets_[i] == 0) continue;
-    const int64_t value = std::clamp(UpperOf(static_cast<int>(i)), min_, max_);
+    int64_t value = std::clamp(UpperOf(static_cast<int>(i)), min_, max_);
+    if (static_cast<int>(i) == IndexOf(min_)) value = min_;  // the fastest has a bar, as in ghz
     const auto mark = std::lower_bound(result.marks.begin(), result.marks.end(), value);
     result.counts[mark - result.marks.begin()] += buckets_[i];
   }

@@ -47,7 +47,7 @@ constexpr Svg::Marker kMarkers[] = {Svg::Marker::kCircle, Svg::Marker::kSquare,
                                     Svg::Marker::kTriangle, Svg::Marker::kDiamond};
 
 void DrawAxes(const LogAxis& x, const LogAxis& y, Svg* svg) {
-  for (const double tick : LogTicks(x.low, x.high)) {
+  for (const double tick : ByteTicks(x.low, x.high)) {
     svg->Line({x.At(tick), kTop}, {x.At(tick), kBottom}, "faint");
     svg->Text({x.At(tick), kBottom + 18}, HumanBytes(tick), Svg::Anchor::kMiddle, 12);
   }

@@ -162,6 +162,14 @@ std::vector<double> LogTicks(double low, double high) {
   return ticks;
 }
 
+std::vector<double> ByteTicks(double low, double high) {
+  std::vector<double> ticks;
+  for (double tick = 1; tick <= high * (1 + 1e-9); tick *= 4) {
+    if (tick >= low * (1 - 1e-9)) ticks.push_back(tick);
+  }
+  return ticks;
+}
+
 absl::Status WriteFile(const std::string& path, std::string_view contents) {
   std::FILE* file = path == "-" ? stdout : std::fopen(path.c_str(), "wb");
   const auto failed = [&](const char* what) {

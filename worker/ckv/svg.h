@@ -45,8 +45,11 @@ class Svg {
 // `text` with &, <, > and quotes escaped.
 std::string XmlEscaped(std::string_view text);
 
-// Ticks 1, 2, 5 times powers of ten within [low, high], 0 < low < high: at most ~10.
+// Ticks 1, 2, 5 times powers of ten within [low, high], 0 < low < high; over three decades, the
+// powers alone.
 std::vector<double> LogTicks(double low, double high);
+// For bytes: powers of 4.
+std::vector<double> ByteTicks(double low, double high);
 
 absl::Status WriteFile(const std::string& path, std::string_view contents);
 

@@ -14,6 +14,14 @@
 namespace clusterkv::worker::ckv {
 namespace {
 
+// Under a sanitizer everything is ten times slower: fewer steps there, and no known answers, which
+// are means over all of them.
+#if defined(__SANITIZE_ADDRESS__) || defined(__SANITIZE_THREAD__)
+constexpr int64_t kSteps = 12;
+#else
+constexpr int64_t kSteps = 0;  // all
+#endif
+
 std::vector<std::string> TracePaths() {
   const char* shared = std::getenv("CLUSTERKV_SHARED");
   const std::filesystem::path source(CLUSTERKV_SOURCE_DIR);
@@ -60,7 +68,7 @@ class ReplayTest : public ::testing::Test {
   static void SetUpTestSuite() {
     const std::vector<std::string> paths = TracePaths();
     if (paths.empty()) return;
-    auto trace = LoadReplayTrace(paths, 0, 2);
+    auto trace = LoadReplayTrace(paths, kSteps, 2);
     ASSERT_TRUE(trace.ok()) << trace.status();
     trace_ = new ReplayTrace(*std::move(trace));
     server_ = ServerProcess::Start(CLUSTERKV_SERVER, {"--arena_bytes=256MiB"}).release();
@@ -82,6 +90,13 @@ class ReplayTest : public ::testing::Test {
              "the KV of a real model";
     }
     ASSERT_NE(client_, nullptr);
+  }
+
+  // The first steps alone, for what does not hang on their number.
+  static ReplayTrace FirstSteps(int64_t steps) {
+    ReplayTrace few = *trace_;
+    few.steps = std::min(steps, few.steps);
+    return few;
   }
 
   static std::unique_ptr<Client> Connect(const ServerProcess& server) {
@@ -151,6 +166,7 @@ std::vector<KnownAnswer> KnownAnswers() {
 }
 
 TEST_F(ReplayTest, EveryKnownAnswerComesOut) {
+  if (kSteps != 0) GTEST_SKIP() << "known answers are means over all steps: see the release preset";
   for (KnownAnswer known : KnownAnswers()) {
     SCOPED_TRACE(known.name);
     const double tolerance = known.options.preset == "clusterkv" ? 0.15 : 0.05;
@@ -179,6 +195,7 @@ TEST_F(ReplayTest, EveryKnownAnswerComesOut) {
 }
 
 TEST_F(ReplayTest, DefaultAt64HasAtMostHalfOfPublishedClusterKvsErrorAt1024) {
+  if (kSteps != 0) GTEST_SKIP() << "known answers are means over all steps: see the release preset";
   const ReplayResult published = Run(Preset("clusterkv", 1024));
   const ReplayResult ours = Run(Preset("default", 64));
   const double masses[2][2] = {{.944, .907}, {.877, .878}};
@@ -195,9 +212,7 @@ TEST_F(ReplayTest, AllTokensExactIsFullAttention) {
       ReplayOptions options = Preset(preset, 1 << 20);
       options.state_type = type;
       options.hot_tokens = 8192;
-      ReplayTrace few = *trace_;
-      few.steps = 24;
-      for (const LayerFigures& layer : Run(options, few).layers) {
+      for (const LayerFigures& layer : Run(options, FirstSteps(24)).layers) {
         EXPECT_FALSE(!(layer.output_error <= 1e-3)) << preset << " layer " << layer.layer;
         EXPECT_FALSE(!(std::fabs(layer.mass - 1) <= 1e-3)) << preset << " layer " << layer.layer;
       }
@@ -229,20 +244,33 @@ TEST_F(ReplayTest, OutlierChannelsDoNotChangeTheError) {
 }
 
 TEST_F(ReplayTest, CodecsChangeTheRecordsAndNothingElse) {
-  ReplayOptions options = Preset("default", 64);
-  const ReplayResult raw = Run(options);
-  options.codec = "k8v4";
-  const ReplayResult coded = Run(options);
-  EXPECT_LE(coded.record_bytes, 208);
-  for (int l = 0; l < 2; ++l) {
-    EXPECT_EQ(coded.layers[l].index_digest, raw.layers[l].index_digest);
-    EXPECT_EQ(coded.layers[l].selection_digest, raw.layers[l].selection_digest);
-    EXPECT_EQ(coded.layers[l].state_digest, raw.layers[l].state_digest);
-    EXPECT_NE(coded.layers[l].recalled_digest, raw.layers[l].recalled_digest);
-    EXPECT_EQ(coded.layers[l].recalled_tokens_per_step, raw.layers[l].recalled_tokens_per_step);
-    EXPECT_LE(coded.layers[l].recalled_bytes_per_step,
-              208 * coded.layers[l].recalled_tokens_per_step + 1e-6);
-    EXPECT_FALSE(!(coded.layers[l].output_error <= 1.1 * raw.layers[l].output_error)) << l;
+  for (const auto& [preset, budget] :
+       {std::pair("default", 64), {"recall", 128}, {"clusterkv", 1024}}) {
+    SCOPED_TRACE(preset);
+    ReplayOptions options = Preset(preset, budget);
+    const ReplayResult raw = Run(options);
+    options.codec = "k8v4";
+    const ReplayResult coded = Run(options);
+    EXPECT_LE(coded.record_bytes, 208);
+    for (int l = 0; l < 2; ++l) {
+      const LayerFigures& a = raw.layers[l];
+      const LayerFigures& b = coded.layers[l];
+      EXPECT_EQ(b.index_digest, a.index_digest);
+      EXPECT_EQ(b.selection_digest, a.selection_digest);
+      EXPECT_EQ(b.state_digest, a.state_digest);
+      EXPECT_NE(b.recalled_digest, a.recalled_digest);
+      EXPECT_EQ(b.recalled_tokens_per_step, a.recalled_tokens_per_step);
+      EXPECT_LE(b.recalled_bytes_per_step, 208 * b.recalled_tokens_per_step + 1e-6);
+      // Values of 4 bits over 128 channels are off by about a tenth of their deviation. That error
+      // is independent of selection's, so squares add up. In layer 3 it drowns; layer 6 copies
+      // single tokens, which show it whole.
+      const double rounding = std::sqrt(
+          std::max(0.0, b.output_error * b.output_error - a.output_error * a.output_error));
+      EXPECT_FALSE(!(rounding <= 0.07)) << "layer " << l << ": " << rounding;
+      if (l == 0) {
+        EXPECT_FALSE(!(b.output_error <= 1.1 * a.output_error));
+      }
+    }
   }
 }
 
@@ -261,8 +289,9 @@ TEST_F(ReplayTest, RunsAndThreadCountsGiveTheSameBits) {
   for (const char* preset : {"clusterkv", "recall", "default"}) {
     SCOPED_TRACE(preset);
     const ReplayOptions options = Preset(preset, 128);
-    const ReplayResult first = Run(options);
-    ExpectSameBits(first, Run(options));
+    const ReplayTrace few = FirstSteps(64);
+    const ReplayResult first = Run(options, few);
+    ExpectSameBits(first, Run(options, few));
     for (const char* threads : {"1", "2"}) {
       const auto server = ServerProcess::Start(
           CLUSTERKV_SERVER, {"--arena_bytes=128MiB", std::string("--build_threads=") + threads,
@@ -270,7 +299,7 @@ TEST_F(ReplayTest, RunsAndThreadCountsGiveTheSameBits) {
       ASSERT_NE(server, nullptr);
       const auto client = Connect(*server);
       ASSERT_NE(client, nullptr);
-      ExpectSameBits(first, Run(options, *trace_, client.get()));
+      ExpectSameBits(first, Run(options, few, client.get()));
     }
   }
 }

@@ -54,6 +54,10 @@ TEST(LogTicksTest, TicksAreRoundAndInside) {
   EXPECT_THAT(LogTicks(1, 1e4), ElementsAre(1, 10, 100, 1000, 10000));
 }
 
+TEST(LogTicksTest, BytesGoByPowersOfFour) {
+  EXPECT_THAT(ByteTicks(1024, 70000), ElementsAre(1024, 4096, 16384, 65536));
+}
+
 TEST(WriteFileTest, AFolderThatIsNotThereIsNamed) {
   const absl::Status status = WriteFile("/no/such/folder/x.svg", "x");
   EXPECT_FALSE(status.ok());

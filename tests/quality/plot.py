@@ -1,0 +1,70 @@
+"""The plot of quality against bytes: one self-contained SVG, no library."""
+
+from __future__ import annotations
+
+import math
+from xml.sax.saxutils import escape
+
+WIDTH, HEIGHT, LEFT, RIGHT, TOP, BOTTOM = 760, 420, 70, 190, 40, 56
+COLOURS = ("#1b6ca8", "#c8553d", "#2a9d63", "#8a5fbf", "#b8860b", "#47606e", "#d1477a")
+
+
+def _ticks(low: float, high: float) -> list[float]:
+    return [m * 10.0 ** e for e in range(math.floor(math.log10(low)), math.ceil(math.log10(high)) + 1)
+            for m in (1, 2, 5) if low <= m * 10.0 ** e <= high]
+
+
+def _bytes(number: float) -> str:
+    return f"{number / 1024:g} KiB" if number >= 1024 else f"{number:g} B"
+
+
+def write_plot(rows: list[dict], path: str) -> None:
+    """err_task and err_text (log) against bytes received per step, KV head and layer (log): lower left is
+    better. Rows without bytes (baselines computed in place) are left out."""
+    points = []
+    for row in rows:
+        if row.get("recalled_bytes_per_step") is None or row.get("err_task") is None:
+            continue
+        received = row["recalled_bytes_per_step"] + row["state_bytes_per_step"]
+        points.append((f'{row["method"]}@{row["budget"]}' + (f' {row["codec"]}' if row["codec"] else ""),
+                       max(received, 1.0), row["err_task"], row.get("err_text")))
+    if not points:
+        return
+    xs = [p[1] for p in points]
+    ys = [y for p in points for y in p[2:] if y]
+    x0, x1, y0, y1 = min(xs) / 1.6, max(xs) * 1.6, min(ys) / 1.4, max(ys) * 1.4
+
+    def at(x: float, y: float) -> tuple[float, float]:
+        fx = math.log(x / x0) / math.log(x1 / x0)
+        fy = math.log(y / y0) / math.log(y1 / y0)
+        return LEFT + fx * (WIDTH - LEFT - RIGHT), HEIGHT - BOTTOM - fy * (HEIGHT - TOP - BOTTOM)
+
+    out = [f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {WIDTH} {HEIGHT}" '
+           'font-family="sans-serif" font-size="12">',
+           f'<rect width="{WIDTH}" height="{HEIGHT}" fill="white"/>',
+           f'<text x="{LEFT}" y="22" font-size="15" font-weight="bold">Error of attention against bytes '
+           'received</text>']
+    for x in _ticks(x0, x1):
+        px, _ = at(x, y0)
+        out.append(f'<path d="M{px:.1f} {TOP}V{HEIGHT - BOTTOM}" stroke="#e4e4e4"/>'
+                   f'<text x="{px:.1f}" y="{HEIGHT - BOTTOM + 18}" text-anchor="middle">{_bytes(x)}</text>')
+    for y in _ticks(y0, y1):
+        _, py = at(x0, y)
+        out.append(f'<path d="M{LEFT} {py:.1f}H{WIDTH - RIGHT}" stroke="#e4e4e4"/>'
+                   f'<text x="{LEFT - 8}" y="{py + 4:.1f}" text-anchor="end">{y:g}</text>')
+    out.append(f'<text x="{(LEFT + WIDTH - RIGHT) / 2}" y="{HEIGHT - 12}" text-anchor="middle">bytes per '
+               'step, KV head and layer (records and states)</text>')
+    for i, (name, x, task, text) in enumerate(points):
+        colour = COLOURS[i % len(COLOURS)]
+        px, py = at(x, task)
+        out.append(f'<circle cx="{px:.1f}" cy="{py:.1f}" r="6" fill="{colour}"/>')
+        if text:
+            qx, qy = at(x, text)
+            out.append(f'<rect x="{qx - 5:.1f}" y="{qy - 5:.1f}" width="10" height="10" fill="none" '
+                       f'stroke="{colour}" stroke-width="2"/>')
+        out.append(f'<circle cx="{WIDTH - RIGHT + 20}" cy="{TOP + 14 + 20 * i}" r="5" fill="{colour}"/>'
+                   f'<text x="{WIDTH - RIGHT + 32}" y="{TOP + 18 + 20 * i}">{escape(name)}</text>')
+    out.append(f'<text x="{WIDTH - RIGHT + 16}" y="{TOP + 34 + 20 * len(points)}" fill="#555">● tasks  □ '
+               'running text</text></svg>')
+    with open(path, "w", encoding="utf-8") as file:
+        file.write("\n".join(out))

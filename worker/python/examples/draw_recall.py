@@ -1,0 +1,95 @@
+"""Draws over the text which tokens each layer attended to exactly while the model answered.
+
+    python draw_recall.py --model=DIR --server=HOST:PORT --out=recall.html FILE --ask="TEXT"
+
+One self-contained HTML page: the text with tokens shaded by how often they were selected (any layer, any
+KV head), and one strip per layer over the whole context.
+"""
+
+import argparse
+import collections
+import html
+
+import torch
+from transformers import AutoModelForCausalLM, AutoTokenizer, StoppingCriteria
+
+import clusterkv.transformers as ckv
+
+STRIP = 1000  # pixels
+
+
+class Watch(StoppingCriteria):
+    """Looks at every layer's selection after each generated token; never stops anything."""
+
+    def __init__(self, cache, counts):
+        self.cache, self.counts = cache, counts
+
+    def __call__(self, input_ids, scores, **kwargs):
+        if self.cache._decoders:
+            for layer in range(self.cache.dense_layers, self.cache.config.num_hidden_layers):
+                for head in self.cache.selected(layer):
+                    self.counts[layer].update(head)
+        return torch.zeros(len(input_ids), dtype=torch.bool)
+
+
+def strip(counts, tokens):
+    """An SVG strip: darker where more of the context was selected."""
+    cells = collections.Counter()
+    for position, count in counts.items():
+        cells[position * STRIP // tokens] += count
+    top = max(cells.values(), default=1)
+    bars = "".join(f'<rect x="{x}" width="2" height="18" fill="#c8553d" opacity="{0.15 + 0.85 * n / top:.2f}"/>'
+                   for x, n in cells.items())
+    return (f'<svg viewBox="0 0 {STRIP} 18" width="100%" height="18" preserveAspectRatio="none">'
+            f'<rect width="{STRIP}" height="18" fill="#f1efe8"/>{bars}</svg>')
+
+
+def page(tokenizer, ids, prompt, counts, answer):
+    total = collections.Counter()
+    for layer in counts.values():
+        total.update(layer)
+    top = max(total.values(), default=1)
+    rows = "".join(f"<tr><th>layer {layer}</th><td>{strip(counts[layer], prompt)}</td></tr>"
+                   for layer in sorted(counts))
+    words = []
+    for position, token in enumerate(ids[:prompt]):
+        text = html.escape(tokenizer.decode([token]))
+        if total[position]:
+            text = f'<mark style="background:rgba(200,85,61,{0.15 + 0.85 * total[position] / top:.2f})">{text}</mark>'
+        words.append(text)
+    return f"""<!doctype html><meta charset="utf-8"><title>What was recalled</title>
+<style>body{{font:15px/1.5 sans-serif;max-width:1100px;margin:2em auto}}table{{width:100%}}th{{width:5em;text-align:left}}
+pre{{white-space:pre-wrap;font:13px/1.5 serif}}mark{{border-radius:2px}}</style>
+<h1>What each layer recalled</h1><p>Answer: <b>{html.escape(answer)}</b></p><table>{rows}</table><pre>{"".join(words)}</pre>"""
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
+    parser.add_argument("file")
+    parser.add_argument("--model", required=True)
+    parser.add_argument("--server", default="localhost:7400")
+    parser.add_argument("--context", type=int, default=8192)
+    parser.add_argument("--ask", required=True)
+    parser.add_argument("--tokens", type=int, default=16)
+    parser.add_argument("--out", required=True)
+    options = parser.parse_args()
+    tokenizer = AutoTokenizer.from_pretrained(options.model)
+    model = AutoModelForCausalLM.from_pretrained(options.model, attn_implementation="clusterkv", dtype="auto")
+    with open(options.file, encoding="utf-8", errors="replace") as file:
+        ids = tokenizer.encode(file.read())[:options.context]
+    ids += tokenizer.encode(options.ask, add_special_tokens=False)
+    cache = ckv.ClusterKVCache(model.config, server=options.server)
+    counts = collections.defaultdict(collections.Counter)
+    inputs = torch.tensor([ids])
+    out = model.generate(inputs=inputs, attention_mask=torch.ones_like(inputs), past_key_values=cache,
+                         do_sample=False, max_new_tokens=options.tokens,
+                         stopping_criteria=[Watch(cache, counts)])
+    answer = tokenizer.decode(out[0, len(ids):])
+    with open(options.out, "w", encoding="utf-8") as file:
+        file.write(page(tokenizer, out[0].tolist(), len(ids), counts, answer))
+    cache.release()
+    print(f"{options.out}: {answer!r}")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,255 @@
+// The C++ worker for Python: connection, prefill writer, decode session. Messages cross as
+// serialized protobufs, arrays by the buffer protocol or DLPack without copies.
+//
+// Errors leave as (code, reason, message, metadata) through clusterkv.errors.make_error: this file
+// is the one place where the worker's statuses become exceptions.
+#include <nanobind/nanobind.h>
+#include <nanobind/ndarray.h>
+#include <nanobind/stl/string.h>
+#include <nanobind/stl/vector.h>
+
+#include <memory>
+#include <string>
+
+#include "proto/error.h"
+#include "worker/client.h"
+#include "worker/decode_session.h"
+#include "worker/prefill_writer.h"
+
+namespace nb = nanobind;
+
+namespace clusterkv::worker {
+namespace {
+
+void RaiseIfError(const absl::Status& status) {
+  if (status.ok()) return;
+  nb::dict metadata;
+  for (const auto& [key, value] : MetadataOf(status)) {
+    metadata[nb::str(key.c_str())] = nb::str(value.c_str());
+  }
+  const v1::ErrorReason reason = ReasonOf(status);
+  const std::string name = status.GetPayload("type.googleapis.com/google.rpc.ErrorInfo").has_value()
+                               ? v1::ErrorReason_Name(reason)
+                               : std::string();
+  nb::object error = nb::module_::import_("clusterkv.errors")
+                         .attr("make_error")(static_cast<int>(status.code()), name,
+                                             std::string(status.message()), metadata);
+  PyErr_SetObject(reinterpret_cast<PyObject*>(Py_TYPE(error.ptr())), error.ptr());
+  throw nb::python_error();
+}
+
+template <typename T>
+T ValueOrRaise(absl::StatusOr<T> value) {
+  RaiseIfError(value.status());
+  return *std::move(value);
+}
+
+template <typename Message>
+nb::bytes Serialized(const Message& message) {
+  const std::string bytes = message.SerializeAsString();
+  return nb::bytes(bytes.data(), bytes.size());
+}
+
+template <typename Message>
+Message Parsed(const nb::bytes& bytes, const char* what) {
+  Message message;
+  if (!message.ParseFromArray(bytes.c_str(), static_cast<int>(bytes.size()))) {
+    RaiseIfError(Error(v1::INVALID_FIELD, std::string(what) + ": not a serialized message"));
+  }
+  return message;
+}
+
+using Array = nb::ndarray<nb::ro, nb::c_contig, nb::device::cpu>;
+
+absl::Span<const std::byte> Bytes(const Array& array) {
+  return {static_cast<const std::byte*>(array.data()), array.nbytes()};
+}
+
+absl::Span<const float> Floats(const nb::ndarray<const float, nb::c_contig, nb::device::cpu>& a) {
+  return {a.data(), a.size()};
+}
+
+class Connection {
+ public:
+  Connection(const std::string& target, const std::string& worker_name, double timeout_seconds) {
+    ClientOptions options;
+    options.worker_name = worker_name;
+    options.call_timeout = absl::Seconds(timeout_seconds);
+    absl::StatusOr<std::unique_ptr<Client>> client;
+    {
+      nb::gil_scoped_release release;
+      client = Client::Connect(target, options);
+    }
+    client_ = ValueOrRaise(std::move(client));
+  }
+
+  nb::bytes Open(const nb::bytes& request) {
+    auto message = Parsed<v1::OpenSequenceRequest>(request, "request");
+    message.set_session_id(client_->session_id());
+    absl::StatusOr<v1::Sequence> sequence;
+    {
+      nb::gil_scoped_release release;
+      sequence = client_->OpenSequence(message);
+    }
+    return Serialized(ValueOrRaise(std::move(sequence)));
+  }
+
+  void Release(const nb::bytes& handle) {
+    const auto message = Parsed<v1::SequenceHandle>(handle, "handle");
+    absl::Status status;
+    {
+      nb::gil_scoped_release release;
+      status = client_->ReleaseSequence(message);
+    }
+    RaiseIfError(status);
+  }
+
+  bool Reconnect(double timeout_seconds) {
+    bool restarted = false;
+    absl::Status status;
+    {
+      nb::gil_scoped_release release;
+      status = client_->Reconnect(absl::Seconds(timeout_seconds), &restarted);
+    }
+    RaiseIfError(status);
+    return restarted;
+  }
+
+  Client* client() { return client_.get(); }
+
+ private:
+  std::unique_ptr<Client> client_;
+};
+
+class Writer {
+ public:
+  Writer(Connection& connection, const nb::bytes& sequence)
+      : writer_(ValueOrRaise(PrefillWriter::Create(connection.client(),
+                                                   Parsed<v1::Sequence>(sequence, "sequence")))) {}
+
+  void Put(int64_t layer, int64_t first_token, int64_t tokens, const Array& keys,
+           const Array& values,
+           const nb::ndarray<const float, nb::c_contig, nb::device::cpu>& query_rms) {
+    absl::Status status;
+    {
+      nb::gil_scoped_release release;
+      status = writer_->WaitForRoom(static_cast<int64_t>(keys.nbytes() + values.nbytes()));
+      if (status.ok()) {
+        status =
+            writer_->Put(layer, first_token, tokens, Bytes(keys), Bytes(values), Floats(query_rms));
+      }
+    }
+    RaiseIfError(status);
+  }
+
+  nb::bytes Finish() {
+    absl::StatusOr<v1::Sequence> sequence;
+    {
+      nb::gil_scoped_release release;
+      sequence = writer_->Finish();
+    }
+    return Serialized(ValueOrRaise(std::move(sequence)));
+  }
+
+ private:
+  std::unique_ptr<PrefillWriter> writer_;
+};
+
+class Decoder {
+ public:
+  Decoder(Connection& connection, const nb::bytes& handle, const nb::bytes& hot_cache,
+          bool append_to_service) {
+    DecodeOptions options;
+    options.hot_cache = Parsed<v1::HotCacheConfig>(hot_cache, "hot_cache");
+    options.append_to_service = append_to_service;
+    const auto sequence = Parsed<v1::SequenceHandle>(handle, "handle");
+    absl::StatusOr<std::unique_ptr<DecodeSession>> session;
+    {
+      nb::gil_scoped_release release;
+      session = DecodeSession::Attach(connection.client(), sequence, options);
+    }
+    session_ = ValueOrRaise(std::move(session));
+  }
+
+  // keys, values [tokens, kv_heads, head_dim], queries [tokens, query_heads, head_dim] of the
+  // sequence's element type, output [tokens, query_heads, head_dim] float32: each token in turn is
+  // appended and answered. Returns the figures' sums.
+  nb::dict Steps(int64_t layer, const Array& keys, const Array& values, const Array& queries,
+                 nb::ndarray<float, nb::c_contig, nb::device::cpu> output) {
+    const int64_t tokens = static_cast<int64_t>(keys.shape(0));
+    StepFigures sum;
+    absl::Status status;
+    {
+      nb::gil_scoped_release release;
+      const auto row = [tokens](absl::Span<const std::byte> all, int64_t i) {
+        const size_t bytes = all.size() / tokens;
+        return all.subspan(i * bytes, bytes);
+      };
+      const size_t out_row = output.size() / tokens;
+      for (int64_t i = 0; i < tokens && status.ok(); ++i) {
+        StepFigures figures;
+        status = session_->Append(layer, row(Bytes(keys), i), row(Bytes(values), i));
+        if (!status.ok()) break;
+        status = session_->Step(layer, row(Bytes(queries), i),
+                                absl::MakeSpan(output.data() + i * out_row, out_row), &figures);
+        sum.exact_tokens += figures.exact_tokens;
+        sum.recalled_tokens += figures.recalled_tokens;
+        sum.recalled_bytes += figures.recalled_bytes;
+        sum.state_bytes += figures.state_bytes;
+        sum.hits += figures.hits;
+        sum.select_us += figures.select_us;
+        sum.recall_us += figures.recall_us;
+      }
+    }
+    RaiseIfError(status);
+    nb::dict dict;
+    dict["exact_tokens"] = sum.exact_tokens;
+    dict["recalled_tokens"] = sum.recalled_tokens;
+    dict["recalled_bytes"] = sum.recalled_bytes;
+    dict["state_bytes"] = sum.state_bytes;
+    dict["hits"] = sum.hits;
+    dict["select_us"] = sum.select_us;
+    dict["recall_us"] = sum.recall_us;
+    return dict;
+  }
+
+  std::vector<std::vector<int32_t>> LastPositions(int64_t layer) const {
+    return session_->last_positions(layer);
+  }
+  std::vector<std::vector<uint32_t>> LastHeadMasks(int64_t layer) const {
+    return session_->last_head_masks(layer);
+  }
+  int64_t HeldBytes() const { return session_->held_bytes(); }
+  nb::bytes Sequence() const { return Serialized(session_->sequence()); }
+
+ private:
+  std::unique_ptr<DecodeSession> session_;
+};
+
+}  // namespace
+
+NB_MODULE(_native, m) {
+  nb::class_<Connection>(m, "Connection")
+      .def(nb::init<const std::string&, const std::string&, double>(), nb::arg("target"),
+           nb::arg("worker_name") = "python", nb::arg("timeout") = 30.0)
+      .def("open", &Connection::Open, nb::arg("request"))
+      .def("release", &Connection::Release, nb::arg("handle"))
+      .def("reconnect", &Connection::Reconnect, nb::arg("timeout"));
+  nb::class_<Writer>(m, "PrefillWriter")
+      .def(nb::init<Connection&, const nb::bytes&>(), nb::keep_alive<1, 2>())
+      .def("put", &Writer::Put, nb::arg("layer"), nb::arg("first_token"), nb::arg("tokens"),
+           nb::arg("keys"), nb::arg("values"), nb::arg("query_rms"))
+      .def("finish", &Writer::Finish);
+  nb::class_<Decoder>(m, "DecodeSession")
+      .def(nb::init<Connection&, const nb::bytes&, const nb::bytes&, bool>(),
+           nb::keep_alive<1, 2>(), nb::arg("connection"), nb::arg("handle"), nb::arg("hot_cache"),
+           nb::arg("append_to_service") = true)
+      .def("steps", &Decoder::Steps, nb::arg("layer"), nb::arg("keys"), nb::arg("values"),
+           nb::arg("queries"), nb::arg("output"))
+      .def("last_positions", &Decoder::LastPositions, nb::arg("layer"))
+      .def("last_head_masks", &Decoder::LastHeadMasks, nb::arg("layer"))
+      .def_prop_ro("held_bytes", &Decoder::HeldBytes)
+      .def_prop_ro("sequence", &Decoder::Sequence);
+}
+
+}  // namespace clusterkv::worker

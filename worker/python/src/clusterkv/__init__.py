@@ -1,0 +1,16 @@
+"""Client of the ClusterKV cache service.
+
+``Client``, ``AdminClient`` and ``clusterkv.aio.Client`` speak the whole API in pure Python.
+``clusterkv.transformers`` runs Hugging Face models with their KV in the service (native worker).
+"""
+
+from clusterkv.client import AdminClient, Client, Session
+from clusterkv.errors import (AbortedError, AlreadyExistsError, CapacityError, ClusterKVError,
+                              DataLossError, DeadlineError, InvalidRequestError, NotFoundError,
+                              NotReadyError, StaleHandleError, UnavailableError, UnsupportedError)
+
+__version__ = "0.1.0"
+__all__ = ["AbortedError", "AdminClient", "AlreadyExistsError", "CapacityError", "Client",
+           "ClusterKVError", "DataLossError", "DeadlineError", "InvalidRequestError",
+           "NotFoundError", "NotReadyError", "Session", "StaleHandleError", "UnavailableError",
+           "UnsupportedError"]
