@@ -48,8 +48,8 @@ SequenceParams ClusterKvPreset() {
   params.index.tokens_per_cluster = 80;
   params.index.segment_tokens = 0;
   params.index.init = KMeansInit::kRandom;
-  // A start of middling luck: starts differ by some percent in error and more in traffic; this one is
-  // within 5 % of the mean of 24 at budgets of 256 and 1,024 on real KV.
+  // A start of middling luck: starts differ by some percent in error and more in traffic; this one
+  // is within 5 % of the mean of 24 at budgets of 256 and 1,024 on real KV.
   params.index.seed = 8;
   params.index.iterations = 20;
   params.index.codes = {.bits = 0, .group_channels = 32};
