@@ -270,6 +270,29 @@ __device__ __forceinline__ void MmaBFloat16(float (&d)[4], const uint32_t (&a)[4
 #endif
 }
 
+// Four 8 × 8 matrices of 16-bit elements from shared memory: lane i gives the address of row i % 8
+// of matrix i / 8 (16 bytes, aligned) and gets, of each matrix, elements 2 (lane % 4).. of row lane
+// / 4.
+__device__ __forceinline__ void LoadMatrices(uint32_t (&out)[4], const void* row) {
+#ifdef CLUSTERKV_CUDA_EMULATOR
+  uint32_t words[2], all[32][8];
+  std::memcpy(words, &row, sizeof(row));
+  cuda_emulator::Exchange(kFullMask, words, 2, all);
+  const int lane = cuda_emulator::current->lane;
+  for (int m = 0; m < 4; ++m) {
+    const char* from;
+    std::memcpy(&from, all[m * 8 + lane / 4], sizeof(from));
+    std::memcpy(&out[m], from + lane % 4 * 4, 4);
+  }
+#else
+  const uint32_t from = static_cast<uint32_t>(__cvta_generic_to_shared(row));
+  asm volatile("ldmatrix.sync.aligned.m8n8.x4.shared.b16 {%0,%1,%2,%3}, [%4];\n"
+               : "=r"(out[0]), "=r"(out[1]), "=r"(out[2]), "=r"(out[3])
+               : "r"(from)
+               : "memory");
+#endif
+}
+
 // ---- asynchronous copies into shared memory
 // ------------------------------------------------------------
 
@@ -308,6 +331,12 @@ __device__ __forceinline__ float WarpMax(float x) {
   }
   return x;
 }
+__device__ __forceinline__ double WarpSumDouble(double x) {
+#pragma unroll
+  for (int offset = 16; offset > 0; offset /= 2) x += __shfl_xor_sync(kFullMask, x, offset);
+  return x;
+}
+
 // Sum over the lanes up to and with this one.
 __device__ __forceinline__ int WarpInclusiveSum(int x) {
   const int lane = static_cast<int>(threadIdx.x) % kWarp;

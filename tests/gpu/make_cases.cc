@@ -10,6 +10,8 @@
 #include "kernels/base/parallel.h"
 #include "kernels/codec/record_codec.h"
 #include "kernels/index/index.h"
+#include "kernels/kmeans/kmeans.h"
+#include "kernels/kmeans/kmeans_internal.h"
 #include "kernels/select/select.h"
 #include "tests/gpu/case_file.h"
 
@@ -399,6 +401,112 @@ void WriteAttentionCases(const std::string& folder) {
   for (const AttentionCase& c : cases) WriteAttentionCase(c, folder);
 }
 
+struct KMeansCase {
+  const char* name;
+  int64_t head_dim, heads;
+  std::vector<std::pair<int64_t, int64_t>> problems;  // rows, clusters; each for every head
+  int iterations = 3;
+  ElementType type = ElementType::kBFloat16;
+  bool weighted = true;
+  int64_t copies = 1;  // of each row, so that there are ties
+  KMeansInit init = KMeansInit::kStride;
+};
+
+// Rows of all problems one after another, [rows, heads, head_dim], over scattered pages.
+void WriteKMeansCase(const KMeansCase& c, const std::string& folder) {
+  CaseFile file;
+  SelectCase rows_of;
+  rows_of.head_dim = c.head_dim;
+  rows_of.kv_heads = c.heads;
+  rows_of.type = c.type;
+  constexpr int64_t kPageBytes = 65536;
+  const int64_t row_bytes = c.heads * c.head_dim * ElementBytes(c.type);
+  int64_t total = 0;
+  for (const auto& [rows, clusters] : c.problems) total += rows;
+  std::vector<std::byte> data = Rows(rows_of, total, 0.7f);
+  for (int64_t i = 0; i < total; ++i) {
+    std::copy_n(&data[i / c.copies * c.copies * row_bytes], row_bytes, &data[i * row_bytes]);
+  }
+  Pages arena(kPageBytes, PagesFor(total, row_bytes, kPageBytes) + 3);
+  const auto pages = arena.Take(PagesFor(total, row_bytes, kPageBytes));
+  const auto view = MakePagedView(arena.base(), pages.data(), kPageBytes, row_bytes, total);
+  for (int64_t i = 0; i < total; ++i) std::copy_n(&data[i * row_bytes], row_bytes, view.At(i));
+  std::vector<float> weights(c.heads * c.head_dim, 1.0f);
+  for (float& w : weights) w = c.weighted ? 0.2f + std::abs(Normal()) : 1.0f;
+  std::vector<int64_t> sizes;
+  std::vector<int32_t> labels, start;
+  std::vector<float> centroids;
+  int64_t first = 0;
+  for (const auto& [rows, clusters] : c.problems) {
+    for (int64_t h = 0; h < c.heads; ++h) {
+      KMeansParams params{.rows = rows, .dim = c.head_dim, .clusters = clusters};
+      params.iterations = c.iterations;
+      params.init = c.init;
+      std::vector<float> keys(rows * c.head_dim);
+      for (int64_t i = 0; i < rows; ++i) {
+        ToFloat(&data[(first + i) * row_bytes + h * c.head_dim * ElementBytes(c.type)], c.type,
+                c.head_dim, &keys[i * c.head_dim]);
+        for (int64_t j = 0; j < c.head_dim; ++j) {
+          keys[i * c.head_dim + j] *= weights[h * c.head_dim + j];
+        }
+      }
+      std::vector<int32_t> one_labels(rows), one_sizes(clusters);
+      std::vector<float> one_centroids(clusters * c.head_dim);
+      Check(KMeans(params, keys, absl::MakeSpan(one_labels), absl::MakeSpan(one_centroids),
+                   absl::MakeSpan(one_sizes), SerialFor));
+      sizes.insert(sizes.end(), {first, rows, h, clusters});
+      labels.insert(labels.end(), one_labels.begin(), one_labels.end());
+      centroids.insert(centroids.end(), one_centroids.begin(), one_centroids.end());
+      const auto initial = internal::InitialRows(params);
+      start.insert(start.end(), initial.begin(), initial.end());
+    }
+    first += rows;
+  }
+  const int64_t numbers[] = {c.head_dim,   c.heads,    static_cast<int64_t>(c.type),
+                             c.iterations, c.weighted, c.init == KMeansInit::kRandom};
+  file.Put("numbers", numbers, 6);
+  file.PutValue<int64_t>("page_bytes", kPageBytes);
+  file.Put("arena", arena.bytes());
+  file.Put("pages", pages);
+  file.Put("weights", weights);
+  file.Put("problems", sizes);
+  file.Put("labels", labels);
+  file.Put("centroids", centroids);
+  file.Put("initial_rows", start);
+  file.Write(folder + "/kmeans_" + c.name + ".case");
+}
+
+void WriteKMeansCases(const std::string& folder) {
+  const KMeansCase cases[] = {
+      {.name = "segments", .head_dim = 128, .heads = 2, .problems = {{1024, 64}, {977, 61}}},
+      {.name = "small",
+       .head_dim = 16,
+       .heads = 1,
+       .problems = {{1, 1}, {2, 2}, {37, 5}, {260, 1}}},
+      {.name = "fp16",
+       .head_dim = 64,
+       .heads = 3,
+       .problems = {{513, 100}},
+       .type = ElementType::kFloat16,
+       .weighted = false},
+      {.name = "fp32",
+       .head_dim = 80,
+       .heads = 1,
+       .problems = {{300, 40}, {64, 64}},
+       .type = ElementType::kFloat32,
+       .init = KMeansInit::kRandom},
+      {.name = "wide", .head_dim = 256, .heads = 1, .problems = {{300, 19}}},
+      {.name = "widest", .head_dim = 512, .heads = 1, .problems = {{200, 13}}},
+      {.name = "ties", .head_dim = 128, .heads = 1, .problems = {{400, 150}}, .copies = 4},
+      {.name = "many_clusters",
+       .head_dim = 32,
+       .heads = 1,
+       .problems = {{1500, 900}},
+       .iterations = 2},
+  };
+  for (const KMeansCase& c : cases) WriteKMeansCase(c, folder);
+}
+
 }  // namespace
 }  // namespace clusterkv::kernels
 
@@ -409,5 +517,6 @@ int main(int argc, char** argv) {
   }
   clusterkv::kernels::WriteSelectCases(argv[1]);
   clusterkv::kernels::WriteAttentionCases(argv[1]);
+  clusterkv::kernels::WriteKMeansCases(argv[1]);
   return 0;
 }

@@ -182,6 +182,18 @@ inline int __syncthreads_count(bool p) {
   __syncthreads();
   return count[0];
 }
+template <typename T>
+unsigned __match_any_sync(unsigned mask, T value) {
+  static_assert(sizeof(T) == 4);
+  uint32_t out[32][8], word;
+  std::memcpy(&word, &value, 4);
+  cuda_emulator::Exchange(mask, &word, 1, out);
+  unsigned same = 0;
+  for (int i = 0; i < 32; ++i) {
+    if ((mask >> i & 1u) && out[i][0] == word) same |= 1u << i;
+  }
+  return same;
+}
 inline int __popc(unsigned x) { return __builtin_popcount(x); }
 inline int __ffs(unsigned x) { return __builtin_ffs(x); }
 inline int __clz(int x) { return x == 0 ? 32 : __builtin_clz(x); }
