@@ -25,7 +25,6 @@ struct Answer {
   std::vector<int32_t> exact_count, positions, parts, slots, clusters, coded_tokens, scored_count,
       scored_clusters, estimated_count, estimated_clusters;
   std::vector<float> state_output, state_lse;
-  bool operator==(const Answer&) const = default;
 };
 
 class SelectCase {

@@ -1,0 +1,132 @@
+#!/usr/bin/env bash
+# Tests and times the CUDA kernels on a machine with a GPU: builds what it needs with nvcc alone (no
+# CMake, Abseil or gRPC), runs the kernels' tests over cases that make_cases wrote, then
+# compute-sanitizer over small ones, then the benchmarks against their peers (these need PyTorch).
+# Writes DIR/gpu.json.
+set -euo pipefail
+cd "$(dirname "${BASH_SOURCE[0]}")/../.."
+
+usage() {
+  cat <<'END'
+Usage: tests/gpu/run.sh --out=DIR [--only=unit|links|faults|bench] [--cases=DIR] [--build=DIR]
+                        [--prebuilt] [--sanitize=0]
+  --out=DIR     where gpu.json and logs.txt go
+  --only=WHAT   unit: kernels against their references, and under compute-sanitizer; bench:
+                benchmarks; links, faults: two processes over every link
+  --cases=DIR   what make_cases wrote (default: build/gpu/cases; made there by a make_cases that is
+                built under build/)
+  --build=DIR   where binaries go (default: build/gpu)
+  --prebuilt    they are there already
+  --sanitize=0  not under compute-sanitizer
+END
+}
+
+only='' out='' cases=build/gpu/cases build=build/gpu prebuilt='' sanitize=1
+for argument in "$@"; do
+  case $argument in
+    --only=*) only=${argument#*=} ;;
+    --out=*) out=${argument#*=} ;;
+    --cases=*) cases=${argument#*=} ;;
+    --build=*) build=${argument#*=} ;;
+    --prebuilt) prebuilt=1 ;;
+    --sanitize=*) sanitize=${argument#*=} ;;
+    --help | -h) usage; exit 0 ;;
+    *) echo "Unknown argument $argument" >&2; usage >&2; exit 2 ;;
+  esac
+done
+[ -n "$out" ] || { usage >&2; exit 2; }
+case $only in '' | unit | links | faults | bench) ;; *) usage >&2; exit 2 ;; esac
+logs=$build/logs
+mkdir -p "$out" "$build/objects" "$logs"
+status=0
+wants() { [ -z "$only" ] || [ "$only" = "$1" ]; }
+started=$SECONDS
+say() { echo "[$((SECONDS - started)) s] $*"; }
+
+flags=(-std=c++20 -O3 -lineinfo -I. -gencode=arch=compute_90a,code=sm_90a --threads=2)
+if command -v nvidia-smi > /dev/null; then
+  nvidia-smi --query-gpu=name,driver_version --format=csv,noheader
+  [ "$(nvidia-smi --query-gpu=compute_cap --format=csv,noheader | head -n 1)" = 9.0 ] ||
+    flags=(-std=c++20 -O3 -lineinfo -I. -arch=native)
+fi
+tests=(gather attention select kmeans)
+
+compile() {  # compile SOURCE: unless an object is newer than every header and it
+  local object=$build/objects/${1//\//_}.o
+  if [ ! -f "$object" ] || [ -n "$(find kernels tests/gpu -newer "$object" \
+    \( -name '*.h' -o -name '*.cuh' -o -path "$1" \) -print -quit)" ]; then
+    nvcc "${flags[@]}" -Xcompiler=-fPIC -c "$1" -o "$object" || return 1
+  fi
+}
+
+build_all() {
+  local sources=() name jobs=()
+  for name in "${tests[@]}"; do
+    sources+=("kernels/$name/${name}_cuda.cu" "tests/gpu/${name}_test.cc")
+  done
+  if wants bench; then sources+=(tests/gpu/bench/gpu_bench.cu); fi
+  for name in "${sources[@]}"; do compile "$name" & jobs+=($!); done
+  for name in "${jobs[@]}"; do wait "$name" || return 1; done
+  for name in "${tests[@]}"; do
+    nvcc "${flags[@]}" "$build/objects/tests_gpu_${name}_test.cc.o" \
+      "$build/objects/kernels_${name}_${name}_cuda.cu.o" -o "$build/${name}_test" || return 1
+  done
+  if wants bench; then
+    local objects=()
+    for name in "${tests[@]}"; do
+      objects+=("$build/objects/kernels_${name}_${name}_cuda.cu.o")
+    done
+    nvcc "${flags[@]}" -shared "$build/objects/tests_gpu_bench_gpu_bench.cu.o" "${objects[@]}" \
+      -o "$build/libckv_gpu_bench.so" || return 1
+  fi
+}
+
+if [ -z "$prebuilt" ]; then
+  say "building"
+  build_all > "$logs/build" 2>&1 || { tail -n 40 "$logs/build"; exit 1; }
+  say "built"
+fi
+
+if wants unit; then
+  if [ ! -d "$cases" ]; then
+    for maker in build/*/bin/make_cases; do
+      if [ -x "$maker" ]; then mkdir -p "$cases" && "$maker" "$cases"; break; fi
+    done
+  fi
+  for name in "${tests[@]}"; do
+    timeout 120 "$build/${name}_test" "--cases=$cases" 2>&1 | tee "$logs/${name}_test" ||
+      status=1
+  done
+  if [ "$sanitize" = 1 ] && command -v compute-sanitizer > /dev/null; then
+    for tool in memcheck racecheck; do
+      # The smallest case of each kind: the checkers slow kernels down a hundredfold.
+      for run in gather:Gather attention:AttentionK8V4BesideFloat32 \
+        attention:AttentionBFloat16 select:SelectScoresEverything select:SelectFourBit \
+        kmeans:KMeansOfFewRows; do
+        name=${run%%:*}
+        say "$tool $run"
+        timeout 100 compute-sanitizer --tool "$tool" --error-exitcode 9 "$build/${name}_test" \
+          "--cases=$cases" "--filter=${run#*:}" > "$logs/$tool.${run/:/.}" 2>&1 || {
+          status=1
+          grep -v '^========= *$' "$logs/$tool.${run/:/.}" | head -n 25
+        }
+      done
+    done
+  fi
+fi
+
+for what in links faults; do
+  if [ "$only" = "$what" ]; then
+    echo "$what: not here yet" >&2
+    status=1
+  fi
+done
+
+if wants bench; then
+  say "benchmarks"
+  python3 tests/gpu/bench/bench.py "--lib=$build/libckv_gpu_bench.so" "--out=$out" 2>&1 |
+    tee "$logs/bench" || status=1
+fi
+tail -n +1 "$logs"/* > "$out/logs.txt"
+say "done, status $status"
+exit $status
