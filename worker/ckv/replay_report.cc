@@ -42,14 +42,16 @@ struct LogAxis {
   }
 };
 
-constexpr double kLeft = 74, kRight = 736, kTop = 62, kBottom = 404;
+constexpr double kLeft = 74, kRight = 722, kTop = 62, kBottom = 404;
 constexpr Svg::Marker kMarkers[] = {Svg::Marker::kCircle, Svg::Marker::kSquare,
                                     Svg::Marker::kTriangle, Svg::Marker::kDiamond};
 
 void DrawAxes(const LogAxis& x, const LogAxis& y, Svg* svg) {
   for (const double tick : ByteTicks(x.low, x.high)) {
     svg->Line({x.At(tick), kTop}, {x.At(tick), kBottom}, "faint");
-    svg->Text({x.At(tick), kBottom + 18}, HumanBytes(tick), Svg::Anchor::kMiddle, 12);
+    std::string label = HumanBytes(tick);
+    if (const size_t zero = label.find(".0 "); zero != label.npos) label.erase(zero, 2);
+    svg->Text({x.At(tick), kBottom + 18}, label, Svg::Anchor::kMiddle, 12);
   }
   for (const double tick : LogTicks(y.low, y.high)) {
     svg->Line({kLeft, y.At(tick)}, {kRight, y.At(tick)}, "faint");

@@ -1,9 +1,12 @@
 // The program itself, run as people and tools run it: words in, words, files and exit codes out.
 #include <gmock/gmock.h>
+#include <google/protobuf/util/json_util.h>
+#include <grpcpp/grpcpp.h>
 #include <gtest/gtest.h>
 
 #include <nlohmann/json.hpp>
 
+#include "clusterkv/v1/cache_service.grpc.pb.h"
 #include "tests/worker/ckv/processes.h"
 #include "tests/worker/ckv/well_formed.h"
 #include "worker/ckv/synthetic.h"
@@ -155,6 +158,19 @@ TEST_F(CommandsTest, ThePrintedQueryIsOneLineOfJsonForTheFirstSequence) {
   EXPECT_EQ(query["sequence"], "query-0");
   EXPECT_EQ(query["queries"]["values"].size(), 4u * 64u);
   EXPECT_LT(result.out.size(), 4096u);
+  // As ghz does it: JSON to the request by the message's own mapping, then the call.
+  v1::SelectClustersRequest request;
+  ASSERT_TRUE(google::protobuf::util::JsonStringToMessage(result.out, &request).ok());
+  const auto stub = v1::CacheService::NewStub(
+      grpc::CreateChannel(server_->target(), grpc::InsecureChannelCredentials()));
+  grpc::ClientContext context;
+  v1::SelectClustersResponse response;
+  const grpc::Status status = stub->SelectClusters(&context, request, &response);
+  ASSERT_TRUE(status.ok()) << status.error_message();
+  ASSERT_EQ(response.results_size(), 1);
+  ASSERT_EQ(response.results(0).heads_size(), 2);
+  EXPECT_EQ(response.results(0).heads(0).exact_positions_size(), 48);
+  EXPECT_FALSE(response.results(0).state().output().empty());
 }
 
 TEST_F(CommandsTest, SelftestPasses) {
