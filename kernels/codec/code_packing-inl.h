@@ -41,16 +41,15 @@ HWY_INLINE CodeWords CodeShifts(size_t first) {
   }
 }
 
-// The codes of channels [channel, channel + lanes) as uint32. REQUIRES: channel % lanes == 0.
+// The codes of channels [first, first + lanes) of a block as uint32. REQUIRES: first % lanes == 0.
 template <int kBits>
 HWY_INLINE CodeWords UnpackCodes(const std::byte* HWY_RESTRICT packed, int64_t channels,
-                                 int64_t channel) {
+                                 int64_t block, size_t first) {
   const CodeWordTag du;
 #if HWY_TARGET == HWY_SCALAR
-  return hn::Set(du, LoadCode(packed, kBits, channels, channel));
+  return hn::Set(du, LoadCode(packed, kBits, channels,
+                              block * kCodeBlockChannels + static_cast<int64_t>(first)));
 #else
-  const int64_t block = channel / kCodeBlockChannels;
-  const size_t first = static_cast<size_t>(channel % kCodeBlockChannels);
   if constexpr (kBits == 4) {
     const hn::Repartition<uint64_t, CodeWordTag> du64;
     uint64_t pair;
@@ -73,13 +72,19 @@ HWY_INLINE CodeWords UnpackCodes(const std::byte* HWY_RESTRICT packed, int64_t c
 #endif
 }
 
-// As UnpackCodes, as floats.
-template <int kBits>
-HWY_INLINE hn::Vec<CodeFloatTag> UnpackCodesToFloat(const std::byte* HWY_RESTRICT packed,
-                                                    int64_t channels, int64_t channel) {
+// Calls f(channel, codes as floats) for every vector of channels of blocks [begin, end).
+template <int kBits, class F>
+HWY_INLINE void ForEachCodeVector(const std::byte* HWY_RESTRICT packed, int64_t channels,
+                                  int64_t begin, int64_t end, const F& f) {
   const hn::RebindToSigned<CodeFloatTag> di;
-  return hn::ConvertTo(CodeFloatTag(),
-                       hn::BitCast(di, UnpackCodes<kBits>(packed, channels, channel)));
+  const size_t lanes = hn::Lanes(CodeFloatTag());
+  for (int64_t block = begin; block < end; ++block) {
+    for (size_t first = 0; first < kCodeBlockChannels; first += lanes) {
+      const CodeWords codes = UnpackCodes<kBits>(packed, channels, block, first);
+      f(block * kCodeBlockChannels + static_cast<int64_t>(first),
+        hn::ConvertTo(CodeFloatTag(), hn::BitCast(di, codes)));
+    }
+  }
 }
 
 // Packs one block: codes [16], each below 2^kBits, are those of `block`, whose bits are zero

@@ -108,10 +108,10 @@ void DecodeK8V4(int64_t head_dim, const std::byte* HWY_RESTRICT record, float* H
     const auto codes = hn::ConvertTo(d, hn::PromoteTo(di, hn::LoadU(du8, key_codes + j)));
     hn::StoreU(hn::Add(hn::Mul(codes, key_scale), key_zero), d, key + j);
   }
-  for (int64_t j = 0; j < head_dim; j += lanes) {
-    const auto codes = UnpackCodesToFloat<4>(record + 8 + head_dim, head_dim, j);
-    hn::StoreU(hn::Add(hn::Mul(codes, value_scale), value_zero), d, value + j);
-  }
+  ForEachCodeVector<4>(record + 8 + head_dim, head_dim, 0, head_dim / kCodeBlockChannels,
+                       [&](int64_t j, auto codes) HWY_ATTR {
+                         hn::StoreU(hn::Add(hn::Mul(codes, value_scale), value_zero), d, value + j);
+                       });
 }
 
 }  // namespace clusterkv::kernels::HWY_NAMESPACE

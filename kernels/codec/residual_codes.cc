@@ -98,16 +98,14 @@ template <int kBits>
 void DecodeHalf(int64_t group_channels, int64_t head_dim, const std::byte* HWY_RESTRICT scales,
                 const std::byte* HWY_RESTRICT lows, const std::byte* HWY_RESTRICT packed,
                 const float* HWY_RESTRICT balance, float* HWY_RESTRICT residual) {
-  const CodeFloatTag d;
-  const int64_t lanes = static_cast<int64_t>(hn::Lanes(d));
   const auto half = [](const std::byte* halves, int64_t g) {
     uint16_t bits;
     std::memcpy(&bits, halves + 2 * g, 2);
     return HalfToFloat(bits);
   };
-  for (int64_t j = 0; j < head_dim; j += lanes) {
-    hn::StoreU(UnpackCodesToFloat<kBits>(packed, head_dim, j), d, residual + j);
-  }
+  ForEachCodeVector<kBits>(packed, head_dim, 0, head_dim / kCodeBlockChannels,
+                           [&](int64_t j, auto codes)
+                               HWY_ATTR { hn::StoreU(codes, CodeFloatTag(), residual + j); });
   for (int64_t g = 0; g < head_dim / group_channels; ++g) {
     const float scale = half(scales, g);
     const float low = half(lows, g);

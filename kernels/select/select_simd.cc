@@ -18,6 +18,25 @@
 #include "hwy/contrib/math/math-inl.h"
 #include "kernels/codec/code_packing-inl.h"
 
+#ifndef CLUSTERKV_KERNELS_SELECT_SELECT_SIMD_ONCE_
+#define CLUSTERKV_KERNELS_SELECT_SELECT_SIMD_ONCE_
+namespace clusterkv::kernels {
+
+// The arithmetic on one tile hides the fetching of a later one only if that is asked for: the loads
+// of two tiles do not fit what the processor looks ahead.
+// Inlined by force: a compiler that sees a call without effect on memory drops it.
+HWY_INLINE void PrefetchBytes(const void* first, int64_t bytes) {
+  constexpr uintptr_t kLineBytes = 64;
+  const uintptr_t begin = reinterpret_cast<uintptr_t>(first);
+  const uintptr_t end = begin + static_cast<uintptr_t>(bytes);
+  for (uintptr_t line = begin & ~(kLineBytes - 1); line < end; line += kLineBytes) {
+    hwy::Prefetch(reinterpret_cast<const std::byte*>(line));
+  }
+}
+
+}  // namespace clusterkv::kernels
+#endif  // CLUSTERKV_KERNELS_SELECT_SELECT_SIMD_ONCE_
+
 HWY_BEFORE_NAMESPACE();
 namespace clusterkv::kernels::HWY_NAMESPACE {
 
@@ -106,14 +125,6 @@ HWY_INLINE void DotGroup(const float* const (&rows)[kTileRows], const float* HWY
 
 constexpr int64_t kMaxGroupHeads = 32;
 
-// The arithmetic on one tile hides the fetching of a later one only if that is asked for: the loads
-// of two tiles do not fit what the processor looks ahead.
-HWY_INLINE void PrefetchBytes(const void* first, int64_t bytes) {
-  constexpr int64_t kLineBytes = 64;
-  const std::byte* line = static_cast<const std::byte*>(first);
-  for (int64_t i = 0; i < bytes; i += kLineBytes) hwy::Prefetch(line + i);
-}
-
 void DotRowsTarget(const float* HWY_RESTRICT matrix, int64_t count, int64_t head_dim,
                    const float* HWY_RESTRICT queries, int64_t group, float* HWY_RESTRICT logits,
                    int64_t stride) {
@@ -171,21 +182,21 @@ template <int kBits>
 HWY_INLINE void Dequantize(const std::byte* HWY_RESTRICT packed, const Grid& grid,
                            int64_t group_channels, int64_t head_dim, float* HWY_RESTRICT y) {
   const Tag d;
-  const int64_t lanes = Lanes();
+  const int64_t blocks = head_dim / kCodeBlockChannels;
+  const int64_t group_blocks = group_channels / kCodeBlockChannels;
   if (group_channels % kCodeBlockChannels == 0) {
-    for (int64_t g = 0, j = 0; j < head_dim; ++g) {
+    for (int64_t g = 0; g * group_blocks < blocks; ++g) {
       const Vector scale = hn::Set(d, grid.scales[g]);
       const Vector low = hn::Set(d, grid.lows[g]);
-      for (const int64_t end = j + group_channels; j < end; j += lanes) {
-        hn::StoreU(hn::MulAdd(UnpackCodesToFloat<kBits>(packed, head_dim, j), scale, low), d,
-                   y + j);
-      }
+      ForEachCodeVector<kBits>(packed, head_dim, g * group_blocks, (g + 1) * group_blocks,
+                               [&](int64_t j, Vector codes) HWY_ATTR {
+                                 hn::StoreU(hn::MulAdd(codes, scale, low), d, y + j);
+                               });
     }
     return;
   }
-  for (int64_t j = 0; j < head_dim; j += lanes) {
-    hn::StoreU(UnpackCodesToFloat<kBits>(packed, head_dim, j), d, y + j);
-  }
+  ForEachCodeVector<kBits>(packed, head_dim, 0, blocks,
+                           [&](int64_t j, Vector codes) HWY_ATTR { hn::StoreU(codes, d, y + j); });
   for (int64_t j = 0; j < head_dim; ++j) {
     y[j] = y[j] * grid.scales[j / group_channels] + grid.lows[j / group_channels];
   }
