@@ -44,7 +44,7 @@ struct SelectScratch::Impl {
 
   // Clusters, counted over the parts.
   HeadRows cluster_logits, cluster_exps;
-  std::vector<int32_t> cluster_begin, cluster_size, cluster_part;
+  std::vector<int32_t> cluster_begin, cluster_size, cluster_part, part_first_cluster;
   std::vector<uint32_t> cluster_keys;
   std::vector<uint32_t> ranked;  // clusters with tokens, best first
 
@@ -170,12 +170,14 @@ class Selector {
     s_.cluster_begin.resize(clusters_);
     s_.cluster_size.resize(clusters_);
     s_.cluster_part.resize(clusters_);
+    s_.part_first_cluster.resize(input_.parts.size());
     constexpr float kMinusInfinity = -std::numeric_limits<float>::infinity();
     int64_t offset = 0;
     for (size_t p = 0; p < input_.parts.size(); ++p) {
       const IndexPartView& part = input_.parts[p];
       const int64_t begin = head_ * (part.clusters + 1);
       int32_t* begins = s_.cluster_begin.data() + offset;
+      s_.part_first_cluster[p] = static_cast<int32_t>(offset);
       ForEachRun(part.cluster_begin, begin, begin + part.clusters,
                  [&](const std::byte* run, int64_t first, int64_t count) {
                    std::memcpy(begins + (first - begin), run, count * sizeof(int32_t));
@@ -268,7 +270,7 @@ class Selector {
                  }
                });
     s_.token_cluster.insert(s_.token_cluster.end(), size, cluster);
-    if (input_.codes.bits == 0) return;
+    if (params_.scored_tokens == 0) return;
     ForEachRun(part.codes, row, row + size, [&](const std::byte* run, int64_t, int64_t count) {
       for (int64_t i = 0; i < count; ++i) {
         s_.token_codes.push_back(run + i * part.codes.element_bytes);
@@ -397,9 +399,8 @@ class Selector {
 
   const float* ValueMean(int32_t cluster) const {
     const IndexPartView& part = input_.parts[s_.cluster_part[cluster]];
-    int64_t first = cluster;
-    for (int32_t p = 0; p < s_.cluster_part[cluster]; ++p) first -= input_.parts[p].clusters;
-    return part.value_means.As<float>(head_ * part.clusters + first);
+    const int64_t of_part = cluster - s_.part_first_cluster[s_.cluster_part[cluster]];
+    return part.value_means.As<float>(head_ * part.clusters + of_part);
   }
 
   // The value means that enter the state: of the estimated clusters, then of the coded tokens'
