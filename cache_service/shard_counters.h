@@ -12,7 +12,7 @@
 
 namespace clusterkv::cache_service {
 
-// Durations in buckets that are a twelfth wide at most: quantiles to 10 %, in 2 KiB.
+// Durations in buckets an eighth wide: quantiles to 12.5 % upwards, in 2 KiB.
 class LatencyHistogram {
  public:
   void Record(absl::Duration duration);
