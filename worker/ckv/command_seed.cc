@@ -3,6 +3,7 @@
 #include <nlohmann/json.hpp>
 
 #include "kernels/base/status_macros.h"
+#include "proto/grpc_status.h"
 #include "worker/ckv/command.h"
 #include "worker/ckv/connection.h"
 #include "worker/ckv/exit_code.h"
@@ -34,6 +35,8 @@ class SeedCommand : public Command {
     flags.Bool("replace", &replace_, "release sequences of the same names first");
     flags.Bool("print_query", &print_query_,
                "print a SelectClusters request for the first one as JSON, ready for ghz -d");
+    flags.Int("print_recall", "N", &print_recall_, 0, 4096,
+              "attach N times and print a SelectAndRecall request for each, as a JSON array");
   }
 
   absl::Status Run() override {
@@ -51,13 +54,14 @@ class SeedCommand : public Command {
         CKV_RETURN_IF_ERROR(SeedOne(client.get(), i));
       }
     }
-    std::FILE* out = print_query_ ? stderr : stdout;
+    std::FILE* out = print_query_ || print_recall_ > 0 ? stderr : stdout;
     std::fprintf(out, "%s sequence%s of %s tokens, %lld layers, %s received in %s\n",
                  HumanCount(sequences_).c_str(), sequences_ == 1 ? "" : "s",
                  HumanCount(tokens_).c_str(), static_cast<long long>(layers_),
                  HumanBytes(static_cast<double>(bytes_)).c_str(),
                  HumanDuration(absl::Now() - begin).c_str());
-    if (print_query_) std::printf("%s\n", QueryJson().c_str());
+    if (print_query_) std::printf("%s\n", QueryJson().dump().c_str());
+    if (print_recall_ > 0) CKV_RETURN_IF_ERROR(PrintRecalls(client.get()));
     return absl::OkStatus();
   }
 
@@ -129,7 +133,7 @@ class SeedCommand : public Command {
     return PutPrompt(writer, l, layer, tokens_);
   }
 
-  std::string QueryJson() const {
+  nlohmann::ordered_json QueryValues() const {
     std::vector<float> queries;
     if (trace_layers_.empty()) {
       queries = MakeSyntheticQuery(Shape(), tokens_, LayerSeed(0, 0), seed_);
@@ -142,11 +146,35 @@ class SeedCommand : public Command {
     nlohmann::ordered_json values = nlohmann::ordered_json::array();
     // Three decimals are enough for a load test and keep the line short.
     for (const float query : queries) values.push_back(std::round(query * 1000.0) / 1000.0);
-    return nlohmann::ordered_json{{"sequence", Name(0)},
-                                  {"layer", 0},
-                                  {"queries", {{"values", values}}},
-                                  {"want_state", true}}
-        .dump();
+    return values;
+  }
+
+  nlohmann::ordered_json QueryJson() const {
+    return {{"sequence", Name(0)},
+            {"layer", 0},
+            {"queries", {{"values", QueryValues()}}},
+            {"want_state", true}};
+  }
+
+  // One attachment per request, round the sequences. They belong to no session and end by their
+  // own ttl. Each request forgets the residency, so that any of them can be sent at any time.
+  absl::Status PrintRecalls(Client* client) const {
+    nlohmann::ordered_json requests = nlohmann::ordered_json::array();
+    for (int64_t i = 0; i < print_recall_; ++i) {
+      v1::AttachRequest request;
+      request.mutable_sequence()->set_name(Name(i % sequences_));
+      v1::AttachResponse response;
+      const grpc::Status status =
+          client->cache().Attach(client->MakeContext().get(), request, &response);
+      if (!status.ok()) return FromGrpcStatus(status);
+      nlohmann::ordered_json item = {{"attachment_id", std::to_string(response.attachment_id())},
+                                     {"layer", 0},
+                                     {"queries", {{"values", QueryValues()}}},
+                                     {"reset_residency", true}};
+      requests.push_back({{"items", nlohmann::ordered_json::array({item})}});
+    }
+    std::printf("%s\n", requests.dump().c_str());
+    return absl::OkStatus();
   }
 
   ServerFlags server_;
@@ -157,6 +185,7 @@ class SeedCommand : public Command {
   std::vector<std::string> traces_;
   std::vector<TraceLayer> trace_layers_;
   bool replace_ = false, print_query_ = false;
+  int64_t print_recall_ = 0;
   int64_t bytes_ = 0;
 };
 
