@@ -33,6 +33,8 @@ ckv=${CKV:-ckv}
 for program in "$ghz" "$ckv" python3; do
   command -v "$program" >/dev/null || { echo "run.sh: no $program here" >&2; exit 1; }
 done
+ghz=$(realpath "$(command -v "$ghz")")
+ckv=$(realpath "$(command -v "$ckv")")
 
 mkdir -p "$out"
 cd "$out"

@@ -1,0 +1,449 @@
+#!/usr/bin/env python3
+"""Installs the chart on a real cluster and tries what an operator does; cluster.sh test runs it.
+
+Usage: cluster_test.py --image=REPOSITORY:TAG [--bin=DIR] [--ghz=PROGRAM] [--containerd=SOCKET]
+                       [--keep] [--checks=NAME,…]
+The cluster is KUBECONFIG's. --bin has ckv and clusterkv-server (default: build/release/bin).
+--containerd: the node's, to kill a server as the kernel would; without it that check is left out.
+Where there is no ghz or prometheus their checks are left out, and told. --keep: no uninstall.
+"""
+
+import argparse
+import contextlib
+import json
+import os
+import pathlib
+import re
+import shutil
+import socket
+import subprocess
+import sys
+import tempfile
+import time
+import urllib.parse
+import urllib.request
+
+import chart_test
+
+ROOT = chart_test.ROOT
+NAMESPACE, RELEASE = "clusterkv-test", "test"
+NAME = f"{RELEASE}-clusterkv"
+LABEL = f"app.kubernetes.io/instance={RELEASE}"
+TRACES = [ROOT / "tests/data/moby_dick_8k.layer3.safetensors",
+          ROOT / "tests/data/moby_dick_8k.layer6.safetensors"]
+DIGESTS = ("index_digest", "selection_digest", "state_digest", "recalled_digest")
+# What the Prometheus operator would bring; its own schemas are not checked here.
+CRD = """
+apiVersion: apiextensions.k8s.io/v1
+kind: CustomResourceDefinition
+metadata: {name: PLURAL.monitoring.coreos.com}
+spec:
+  group: monitoring.coreos.com
+  scope: Namespaced
+  names: {plural: PLURAL, singular: SINGULAR, kind: KIND}
+  versions:
+    - name: v1
+      served: true
+      storage: true
+      schema: {openAPIV3Schema: {type: object, x-kubernetes-preserve-unknown-fields: true}}
+"""
+
+
+class Failure(Exception):
+    """A check did not hold; its message says how."""
+
+
+def expect(condition, message):
+    if not condition:
+        raise Failure(message)
+
+
+def run(*command, stdin=None, check=True, timeout=600):
+    result = subprocess.run([str(word) for word in command], input=stdin, capture_output=True,
+                            text=True, timeout=timeout, check=False)
+    if check and result.returncode != 0:
+        raise Failure(f"{' '.join(map(str, command[:4]))} … exited {result.returncode}: "
+                      f"{(result.stderr or result.stdout).strip()[-1500:]}")
+    return result.stdout if check else result
+
+
+def kubectl(*arguments, **options):
+    return run("kubectl", "-n", NAMESPACE, *arguments, **options)
+
+
+def wait_until(what, condition, seconds=60):
+    limit = time.monotonic() + seconds
+    while not (value := condition()):
+        expect(time.monotonic() < limit, f"{what}: not within {seconds} s")
+        time.sleep(0.3)
+    return value
+
+
+def server_pods():
+    pods = json.loads(kubectl("get", "pods", "-o", "json", "-l",
+                              LABEL + ",app.kubernetes.io/component=shard"))["items"]
+    return {pod["metadata"]["name"]: pod for pod in pods}
+
+
+def is_ready(pod):
+    conditions = pod["status"].get("conditions", [])
+    return any(c["type"] == "Ready" and c["status"] == "True" for c in conditions)
+
+
+def all_ready(shards):
+    pods = server_pods()
+    return len(pods) == shards and all(map(is_ready, pods.values()))
+
+
+def shard_address(shard, port=7400):
+    return f"{NAME}-{shard}.{NAME}-peers.{NAMESPACE}.svc.cluster.local:{port}"
+
+
+def service_address(suffix=""):
+    return f"{NAME}{suffix}.{NAMESPACE}.svc.cluster.local:7400"
+
+
+class Cluster:
+    """The checks, in order; each returns what it saw."""
+
+    def __init__(self, options):
+        self.options = options
+        self.ckv = options.bin / "ckv"
+        self.folder = pathlib.Path(tempfile.mkdtemp(prefix="clusterkv-cluster-test-"))
+        repository, _, tag = options.image.rpartition(":")
+        self.values = self.folder / "values.json"
+        self.values.write_text(json.dumps({
+            "image": {"repository": repository, "tag": tag},
+            "server": {"arenaBytes": "256MiB"},
+            "resources": {"requests": {"cpu": "50m", "memory": "600Mi"},
+                          "limits": {"memory": "600Mi"}}}))
+
+    def helm(self, verb, *arguments, **options):
+        return run(chart_test.HELM, verb, "-n", NAMESPACE, RELEASE, *arguments, **options)
+
+    def upgrade(self, *settings):
+        self.helm("upgrade", chart_test.CHART, "-f", self.values, "--wait", "--timeout=300s",
+                  *[f"--set={setting}" for setting in settings])
+
+    def ghz(self, address, *arguments):
+        """Runs ghz's call of SelectClusters; its report."""
+        out = run(self.options.ghz, "--insecure", "-O", "json",
+                  "--call=clusterkv.v1.CacheService/SelectClusters", "-D",
+                  self.folder / "select.json", *arguments, address)
+        return json.loads(out)
+
+    @contextlib.contextmanager
+    def ghz_load(self, address, seconds, call="SelectClusters", rps=50):
+        """ghz in the background while the body runs; yields a list that gets the report."""
+        data = "{}" if call == "GetServerInfo" else (self.folder / "select.json").read_text()
+        reports, out = [], self.folder / f"load-{time.monotonic()}.json"
+        process = subprocess.Popen(
+            [self.options.ghz, "--insecure", "-O", "json", "-o", out, "-c", "4", "--connections=2",
+             f"--rps={rps}", f"--duration={seconds}s", "--duration-stop=wait", "--count-errors",
+             f"--call=clusterkv.v1.CacheService/{call}", "-d", data,
+             address], stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+        try:
+            time.sleep(1)
+            yield reports
+            process.wait(timeout=seconds + 60)
+            reports.append(json.loads(out.read_text()))
+        finally:
+            process.kill()
+            process.wait()
+
+    # Checks.
+
+    def manifests(self):
+        """The API server takes everything that every ci file renders"""
+        self.helm("uninstall", "--ignore-not-found", "--wait")  # of a run that was cut off
+        run("kubectl", "create", "namespace", NAMESPACE, check=False)
+        for kind in ("ServiceMonitor", "PodMonitor", "PrometheusRule"):
+            plural = kind.lower() + "s"
+            if run("kubectl", "get", "crd", f"{plural}.monitoring.coreos.com",
+                   check=False).returncode != 0:
+                run("kubectl", "apply", "-f", "-", stdin=CRD.replace("PLURAL", plural)
+                    .replace("SINGULAR", kind.lower()).replace("KIND", kind))
+                run("kubectl", "wait", "--for=condition=Established", "--timeout=30s",
+                    f"crd/{plural}.monitoring.coreos.com")
+        count = 0
+        for ci in chart_test.CI_VALUES:
+            # Without the test's pod: a pod is taken only where its service account is.
+            rendered = run(chart_test.HELM, "template", "probe", chart_test.CHART, "-n", NAMESPACE,
+                           "--no-hooks", f"--kube-version={chart_test.KUBE_VERSION}",
+                           f"--values={chart_test.CHART}/ci/{ci}-values.yaml")
+            taken = kubectl("apply", "--dry-run=server", "--validate=strict", "-f", "-",
+                            stdin=rendered)
+            count += taken.count("(server dry run)")
+        return f"{count} objects"
+
+    def install(self):
+        """helm install: three shards become ready"""
+        begin = time.monotonic()
+        notes = self.helm("install", chart_test.CHART, "-f", self.values, "--wait",
+                          "--timeout=300s")
+        expect(all_ready(3), f"pods: {list(server_pods())}")
+        expect("ghz --insecure" in notes, "the notes have no ghz line")
+        return f"{time.monotonic() - begin:.1f} s"
+
+    def names(self):
+        """Every shard and every service resolves"""
+        ready = {row[4][0] for row in socket.getaddrinfo(
+            service_address("-headless").split(":")[0], 7400, socket.AF_INET)}
+        expect(len(ready) == 3, f"headless: {ready}")
+        shards = [socket.gethostbyname(shard_address(i).split(":")[0]) for i in range(3)]
+        expect(set(shards) == ready, f"{shards} are not {ready}")
+        return ", ".join(shards)
+
+    def helm_test(self):
+        """helm test: ckv selftest on every shard, from a pod"""
+        begin = time.monotonic()
+        self.helm("test", "--timeout=300s")
+        return f"{time.monotonic() - begin:.1f} s"
+
+    def seed(self):
+        """ckv seed and status from outside the pods"""
+        for shard in range(3):
+            query = run(self.ckv, "seed", f"--server={shard_address(shard)}", "--prefix=demo",
+                        "--replace", "--print_query")
+        (self.folder / "select.json").write_text(query)
+        status = run(self.ckv, "status", f"--server={shard_address(0)}",
+                     f"--admin={shard_address(0, 7401)}")
+        expect("serving" in status, status)
+        return "3 shards"
+
+    def ghz_everywhere(self):
+        """ghz reaches every shard, the ClusterIP, and all of them round robin"""
+        p99 = []
+        for address in [shard_address(i) for i in range(3)] + [service_address()]:
+            report = self.ghz(address, "-n", "500", "-c", "4")
+            expect(report["statusCodeDistribution"] == {"OK": 500}, f"{address}: "
+                   f"{report['statusCodeDistribution']} {report['errorDistribution']}")
+            p99.append(next(r["latency"] for r in report["latencyDistribution"]
+                            if r["percentage"] == 99) / 1e6)
+        report = self.ghz("dns:///" + service_address("-headless"), "-n", "900", "-c", "4",
+                          "--lb-strategy=round_robin")
+        expect(report["statusCodeDistribution"] == {"OK": 900}, report["statusCodeDistribution"])
+        metrics = [self.metric(i, "clusterkv_selects_total") for i in range(3)]
+        expect(min(metrics) >= 800, f"not every shard was asked: {metrics}")
+        return f"p99 {', '.join(f'{value:.1f}' for value in p99)} ms, selects {metrics}"
+
+    def metric(self, shard, name):
+        url = f"http://{shard_address(shard, 7402)}/metrics"
+        with urllib.request.urlopen(url, timeout=10) as answer:
+            text = answer.read().decode()
+        found = re.search(rf"^{name}(?:{{[^}}]*}})? (\S+)$", text, re.MULTILINE)
+        expect(found, f"{url} has no {name}")
+        return float(found[1])
+
+    def replay_json(self, address):
+        out = self.folder / "replay.json"
+        run(self.ckv, "replay", f"--server={address}", "--preset=default", "--budget=64",
+            f"--json={out}", *TRACES)
+        return json.loads(out.read_text())["layers"]
+
+    def replay(self):
+        """ckv replay of a real model's KV: the same bits as from a server on this machine"""
+        remote = self.replay_json(shard_address(1))
+        local = subprocess.Popen(
+            [self.options.bin / "clusterkv-server", "--listen=127.0.0.1:17400",
+             "--admin_listen=127.0.0.1:17401", "--arena_bytes=256MiB"],
+            stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+        try:
+            here = self.replay_json("127.0.0.1:17400")
+        finally:
+            local.terminate()
+            local.wait(timeout=60)
+        for mine, other in zip(remote, here, strict=True):
+            expect(all(mine[key] == other[key] for key in DIGESTS), f"{mine} is not {other}")
+        return "error " + ", ".join(f"{layer['output_error']:.4f}" for layer in remote)
+
+    def kill(self):
+        """A server killed under load: the others do not notice, it comes back, errors are typed"""
+        ctr = ["ctr", "-a", self.options.containerd, "-n", "k8s.io"]
+        pod = server_pods()[f"{NAME}-1"]
+        container = pod["status"]["containerStatuses"][0]["containerID"].split("//")[1]
+        with self.ghz_load(shard_address(1), 15) as victim, \
+                self.ghz_load(shard_address(0), 15) as other:
+            run(*ctr, "tasks", "kill", "-s", "KILL", container)
+            begin = time.monotonic()
+            wait_until("a restart", lambda: server_pods()[f"{NAME}-1"]["status"][
+                "containerStatuses"][0]["restartCount"] > 0 and all_ready(3))
+            back = time.monotonic() - begin
+            run(self.ckv, "seed", f"--server={shard_address(1)}", "--prefix=demo", "--replace")
+        codes = other[0]["statusCodeDistribution"]
+        expect(set(codes) == {"OK"}, f"shard 0 had {codes}")
+        codes = victim[0]["statusCodeDistribution"]
+        # Gone, not there yet, being filled again: nothing else.
+        typed = {"OK", "Unavailable", "NotFound", "FailedPrecondition"}
+        expect(set(codes) <= typed and codes.get("OK", 0) > 0, f"shard 1 had {codes}")
+        return f"ready again after {back:.1f} s; the victim's calls: {codes}"
+
+    def restart(self):
+        """helm upgrade under load: every shard drains, and whoever asks again is answered"""
+        logs = [subprocess.Popen(["kubectl", "-n", NAMESPACE, "logs", "-f", f"{NAME}-{i}"],
+                                 stdout=subprocess.PIPE, text=True) for i in range(3)]
+        begin = time.monotonic()
+        with self.ghz_load("dns:///" + service_address("-headless"), 45, "GetServerInfo") as load:
+            self.upgrade("server.spinUs=5")
+            took = time.monotonic() - begin
+        for log in logs:
+            text = log.communicate(timeout=60)[0]
+            expect('"message":"draining"' in text and '"drained":true' in text,
+                   f"a shard did not drain: {text[-500:]}")
+        codes = load[0]["statusCodeDistribution"]
+        failed = sum(codes.values()) - codes.get("OK", 0)
+        # ghz does not retry; a client would, and a shard at a time is gone for a moment.
+        expect(set(codes) <= {"OK", "Unavailable"} and failed <= 0.01 * sum(codes.values()), codes)
+        expect(all_ready(3), "not all are ready")
+        return f"{took:.1f} s; calls without any retry: {codes}"
+
+    def scale(self):
+        """Three shards become five, then two"""
+        for shards in (5, 2):
+            self.upgrade(f"shards={shards}")
+            wait_until(f"{shards} shards", lambda n=shards: all_ready(n), 120)
+            self.helm("test", "--timeout=300s")
+        return "helm test passed with each"
+
+    def prometheus(self):
+        """A real Prometheus: every panel has data, an alert fires on purpose"""
+        rendered = chart_test.Rendered(alerts__enabled=True, dashboards__enabled=True,
+                                       alerts__selectP99Seconds=1e-9, fullnameOverride=NAME)
+        shards = len(server_pods())
+        with Prometheus(self.folder, rendered, shards) as prometheus:
+            wait_until("targets", lambda: prometheus.query(
+                "count(clusterkv_uptime_seconds)") == [float(shards)])
+            for shard in range(shards):
+                run(self.ckv, "seed", f"--server={shard_address(shard)}", "--prefix=demo",
+                    "--replace")
+            self.make_all_series(shards)
+            time.sleep(3)  # counters that are new need two scrapes to have a rate
+            self.make_all_series(shards)
+            time.sleep(2)
+            panels, empty = prometheus.check_panels()
+            expect(not empty, f"panels without data: {empty}")
+            wait_until("the alert", lambda: "ClusterKVSelectSlow" in prometheus.firing())
+            others = prometheus.firing() - {"ClusterKVSelectSlow"}
+            return f"{panels} expressions; also firing: {sorted(others) or 'none'}"
+
+    def make_all_series(self, shards):
+        for shard in range(shards):
+            address = shard_address(shard)
+            self.ghz(address, "-n", "200", "-c", "4")
+            run(self.ckv, "bench", f"--server={address}", "--method=select_and_recall",
+                "--sequences=demo*", "--concurrency=2", "--duration=1s")
+            run(self.ckv, "selftest", f"--server={address}")  # with errors, on purpose
+
+    def uninstall(self):
+        """helm uninstall leaves nothing behind"""
+        self.helm("uninstall", "--wait", "--timeout=180s")
+        kinds = "all,configmap,serviceaccount,pdb,networkpolicy,endpointslice,secret,pvc"
+        wait_until("everything gone", lambda: not json.loads(
+            kubectl("get", kinds, "-l", LABEL, "-o", "json"))["items"], 90)
+        left = kubectl("get", kinds, "-o", "name").split()
+        expect(set(left) <= {"configmap/kube-root-ca.crt", "serviceaccount/default"}, left)
+        run("kubectl", "delete", "namespace", NAMESPACE, "--timeout=60s")
+        return "nothing is left"
+
+
+class Prometheus:
+    """A Prometheus of our own that scrapes the pods; a context manager."""
+
+    def __init__(self, folder, rendered, shards):
+        self.folder, self.rendered, self.shards = folder, rendered, shards
+
+    def __enter__(self):
+        spec = self.rendered.get("PrometheusRule")["spec"]
+        for rule in spec["groups"][0]["rules"]:
+            rule.pop("for", None)  # at once
+            rule["expr"] = rule["expr"].replace('"kv"', f'"{NAMESPACE}"').replace("[5m]", "[30s]")
+        (self.folder / "rules.json").write_text(json.dumps(spec))
+        # Targets by hand: Debian's Prometheus is built without discovery by Kubernetes.
+        targets = [{"targets": [shard_address(shard, 7402)],
+                    "labels": {"namespace": NAMESPACE, "pod": f"{NAME}-{shard}"}}
+                   for shard in range(self.shards)]
+        config = {
+            "global": {"scrape_interval": "1s", "evaluation_interval": "1s"},
+            "rule_files": [str(self.folder / "rules.json")],
+            "scrape_configs": [{"job_name": "clusterkv", "static_configs": targets}]}
+        (self.folder / "prometheus.json").write_text(json.dumps(config))
+        self.process = subprocess.Popen(
+            ["prometheus", f"--config.file={self.folder}/prometheus.json",
+             f"--storage.tsdb.path={self.folder}/tsdb", "--web.listen-address=127.0.0.1:19090",
+             "--log.level=warn"],
+            stderr=(self.folder / "prometheus.log").open("w", encoding="utf-8"))
+        return self
+
+    def __exit__(self, *_):
+        self.process.terminate()
+        self.process.wait(timeout=60)
+
+    def get(self, path, **parameters):
+        url = f"http://127.0.0.1:19090/api/v1/{path}?" + urllib.parse.urlencode(parameters)
+        with urllib.request.urlopen(url, timeout=10) as answer:
+            return json.loads(answer.read())["data"]
+
+    def query(self, expression):
+        try:
+            result = self.get("query", query=expression)["result"]
+        except OSError:
+            return []
+        return [float(row["value"][1]) for row in result]
+
+    def check_panels(self):
+        """How many expressions of panels there are, and those that no data answers."""
+        dashboard = json.loads(
+            self.rendered.get("ConfigMap", "-dashboards")["data"]["clusterkv.json"])
+        count, empty = 0, []
+        for panel in dashboard["panels"]:
+            for target in panel.get("targets", []):
+                expression = (target["expr"].replace("$__rate_interval", "30s")
+                              .replace("$namespace", NAMESPACE).replace("$pod", ".+"))
+                count += 1
+                # No link but gRPC is there yet, so none falls back.
+                if "link_fallbacks" not in expression and not self.query(expression):
+                    empty.append(f"{panel['title']}: {expression}")
+        return count, empty
+
+    def firing(self):
+        return {alert["labels"]["alertname"] for alert in self.get("alerts")["alerts"]
+                if alert["state"] == "firing"}
+
+
+def main():
+    parser = argparse.ArgumentParser(usage=__doc__)
+    parser.add_argument("--image", required=True)
+    parser.add_argument("--bin", type=pathlib.Path, default=ROOT / "build/release/bin")
+    parser.add_argument("--ghz", default=os.environ.get("GHZ") or shutil.which("ghz"))
+    parser.add_argument("--containerd")
+    parser.add_argument("--keep", action="store_true")
+    parser.add_argument("--checks", default="", help="only these, comma-separated")
+    options = parser.parse_args()
+    cluster = Cluster(options)
+    without_ghz = {"ghz_everywhere", "kill", "restart", "prometheus"} if not options.ghz else set()
+    left_out = without_ghz | (set() if options.containerd else {"kill"}) | (
+        set() if shutil.which("prometheus") else {"prometheus"}) | (
+        {"uninstall"} if options.keep else set())
+    failed = 0
+    for name in ("manifests", "install", "names", "helm_test", "seed", "ghz_everywhere", "replay",
+                 "kill", "restart", "scale", "prometheus", "uninstall"):
+        if options.checks and name not in options.checks.split(","):
+            continue
+        check = getattr(cluster, name)
+        title = check.__doc__
+        if name in left_out:
+            print(f"SKIPPED  {title}", flush=True)
+            continue
+        begin = time.monotonic()
+        try:
+            print(f"PASS  {title}: {check()} ({time.monotonic() - begin:.0f} s)", flush=True)
+        except (Failure, OSError, subprocess.TimeoutExpired) as failure:
+            failed += 1
+            print(f"FAIL  {title}: {failure}", flush=True)
+            if name in ("manifests", "install"):
+                break
+    return 1 if failed else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
