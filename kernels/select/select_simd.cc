@@ -54,7 +54,7 @@ HWY_INLINE int64_t Lanes() { return static_cast<int64_t>(hn::Lanes(Tag())); }
 
 #if HWY_TARGET != HWY_SCALAR
 template <class D>
-HWY_INLINE hn::Vec<FourTag> AddBlocks(D d, hn::Vec<D> v) {
+HWY_INLINE hn::Vec<FourTag> AddBlocks(D, hn::Vec<D> v) {
   if constexpr (hn::MaxLanes(D()) <= 4) {
     return v;
   } else {
