@@ -262,9 +262,20 @@ up() {
   echo "$kubeconfig"
 }
 
+# The names of the namespaces that pods of this containerd live in; nobody else removes them.
+pod_networks() {
+  local pid network
+  for pid in $(ctr -a "$socket" -n k8s.io tasks ls 2>/dev/null | awk 'NR > 1 {print $2}'); do
+    for network in /var/run/netns/cni-*; do
+      [ "$network" -ef "/proc/$pid/ns/net" ] && basename "$network"
+    done
+  done | sort -u
+}
+
 down() {
-  local file pid
+  local file pid networks=
   if [ -S "$socket" ]; then  # pods first, while somebody can still end them
+    networks=$(pod_networks)
     ctr -a "$socket" -n k8s.io tasks ls -q 2>/dev/null |
       xargs -r -n 1 ctr -a "$socket" -n k8s.io tasks kill -s KILL 2>/dev/null || true
   fi
@@ -281,7 +292,7 @@ down() {
   done
   sed -n 's/^[^ ]* \([^ ]*\) .*/\1/p' /proc/mounts | grep -F "$state/" | sort -r |
     xargs -r -n 1 umount -l || true
-  ip netns del $name 2>/dev/null || true
+  for file in $networks $name; do ip netns del "$file" 2>/dev/null || true; done
   rm -rf "$state"
   find /sys/fs/cgroup -depth -type d -path '*/kubepods*' -exec rmdir {} + 2>/dev/null || true
 }
