@@ -240,7 +240,7 @@ class ValidateTest(unittest.TestCase):
 
 class ServerConfigTest(unittest.TestCase):
     def test_every_field_of_the_configuration_is_set(self):
-        fields = set(re.findall(r"^  \w+ (\w+) = \d+;", source("proto/clusterkv/v1/config.proto"),
+        fields = set(re.findall(r"^  \w+ (\w+) =\s*\d+;", source("proto/clusterkv/v1/config.proto"),
                                 re.MULTILINE))
         self.assertGreater(len(fields), 20)
         written = set(re.findall(r"^(\w+):", Rendered().server_conf(), re.MULTILINE))
