@@ -234,6 +234,15 @@ int Threads(Resolver& check, const char* field, uint32_t value) {
   return static_cast<int>(check.Number(field, value, cores, 1, 1024));
 }
 
+// Whichever thread gets an event first wakes another to wait for the next one; where CPUs are few
+// that one takes the time of the first. 0: as gRPC chooses.
+int NetworkThreads(const v1::ServerConfig& message, Resolver& check, absl::Duration spin) {
+  constexpr unsigned kFewCpus = 4;
+  const bool one = spin > absl::ZeroDuration() || std::thread::hardware_concurrency() <= kFewCpus;
+  return static_cast<int>(
+      check.Number("network_threads", message.network_threads(), one ? 1 : 0, 0, 64));
+}
+
 void ResolveShard(const v1::ServerConfig& message, Resolver& check, ShardOptions* shard) {
   constexpr int64_t kMaxBytes = int64_t{1} << 50;
   shard->page_bytes = check.Bytes("page_bytes", message.page_bytes(), 32 << 10, 4 << 10, 2 << 20);
@@ -309,6 +318,9 @@ const std::vector<ConfigField>& ConfigFields() {
       {"log_format", "json", "json or text"},
       {"verify_recalls", "false", "check a page's checksum each time it is read for a recall"},
       {"no_reflection", "false", "do not serve gRPC reflection"},
+      {"network_threads", "0",
+       "threads that wait for the network; 0: one with spin_us or on up to 4 CPUs, else as gRPC "
+       "chooses"},
   };
   return fields;
 }
@@ -383,6 +395,7 @@ absl::StatusOr<Config> ResolveConfig(const v1::ServerConfig& message, const Conf
   }
   ResolveShard(message, check, &config.shard);
   config.spin = absl::Microseconds(check.Number("spin_us", message.spin_us(), 0, 0, 1'000'000));
+  config.network_threads = NetworkThreads(message, check, config.spin);
   config.default_deadline =
       check.Milliseconds("default_deadline_ms", message.default_deadline_ms(), 30'000);
   config.drain_delay = check.Milliseconds("drain_delay_ms", message.drain_delay_ms(), 0);

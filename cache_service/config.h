@@ -28,6 +28,7 @@ struct Config {
   std::string metrics_listen;  // host:port; empty: no /metrics
   ShardOptions shard;
   absl::Duration spin = absl::ZeroDuration();
+  int network_threads = 0;  // 0: as gRPC chooses; process-wide, set by the program
   absl::Duration default_deadline = absl::Seconds(30);
   absl::Duration drain_delay = absl::ZeroDuration();
   absl::Duration drain_timeout = absl::Seconds(30);

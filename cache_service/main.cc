@@ -1,11 +1,15 @@
 // clusterkv-server: see --help.
+#include <malloc.h>
+
 #include <csignal>
 #include <cstdio>
+#include <memory>
 #include <string>
 #include <utility>
 #include <vector>
 
 #include "cache_service/config.h"
+#include "cache_service/rpc/network_threads.h"
 #include "cache_service/server.h"
 #include "cache_service/telemetry/log.h"
 
@@ -23,6 +27,17 @@ sigset_t StopSignals() {
   return signals;
 }
 
+// Receive buffers of a megabyte come and go with every chunk: kept by malloc, not mapped and
+// faulted in anew each time. What it keeps is bounded by kKeptBytes per malloc arena.
+void KeepBuffers() {
+#ifdef __GLIBC__
+  constexpr int kKeptBytes = 16 << 20, kMallocArenas = 4;
+  mallopt(M_MMAP_THRESHOLD, kKeptBytes);
+  mallopt(M_TRIM_THRESHOLD, kKeptBytes);
+  mallopt(M_ARENA_MAX, kMallocArenas);
+#endif
+}
+
 std::string WaitForStop(const sigset_t& signals) {
   int received = 0;
   while (sigwait(&signals, &received) != 0) {
@@ -34,6 +49,8 @@ int Serve(const Config& config) {
   const sigset_t signals = StopSignals();
   pthread_sigmask(SIG_BLOCK, &signals, nullptr);
   signal(SIGPIPE, SIG_IGN);
+  const std::unique_ptr<NetworkThreadLimit> limit =
+      NetworkThreadLimit::Create(config.network_threads);
   absl::StatusOr<std::unique_ptr<Server>> server = Server::Start(config);
   if (!server.ok()) {
     Log(LogLevel::kError, "could not start", {{"error", std::string(server.status().message())}});
@@ -87,5 +104,6 @@ int Main(const std::vector<std::string>& arguments) {
 }  // namespace clusterkv::cache_service
 
 int main(int argc, char** argv) {
+  clusterkv::cache_service::KeepBuffers();
   return clusterkv::cache_service::Main(std::vector<std::string>(argv + 1, argv + argc));
 }

@@ -19,6 +19,9 @@ namespace {
 
 using kernels::HeadSelection;
 
+// Work that one thread does by itself: it is done before others have woken up to help (some 50 us).
+constexpr int64_t kWorkAlone = int64_t{1} << 20;
+
 // Sinks' keys of one head as one strided run, which the kernel wants. Copied only when they lie in
 // several pages.
 class SinkKeys {
@@ -221,6 +224,14 @@ void Selector::Built(const std::shared_ptr<Batch>& batch, Item& item,
   Run(batch, {&item}, /*inline_ok=*/false);
 }
 
+int64_t Selector::Work(const Item& item) {
+  const kernels::KvShape& shape = item.sequence->params().shape;
+  const LayerSnapshot& layer = *item.snapshot;
+  const int64_t scored = std::min(item.select.scored_tokens, layer.window_begin);
+  const int64_t clusters = layer.parts.empty() ? 0 : layer.first_cluster.back();
+  return shape.query_heads * shape.head_dim * (clusters + 2 * scored);
+}
+
 void Selector::Run(const std::shared_ptr<Batch>& batch, const std::vector<Item*>& items,
                    bool inline_ok) {
   auto heads = std::make_shared<Heads>();
@@ -232,13 +243,23 @@ void Selector::Run(const std::shared_ptr<Batch>& batch, const std::vector<Item*>
     item->heads_left.store(kv_heads);
     for (int64_t head = 0; head < kv_heads; ++head) heads->emplace_back(item, head);
   }
-  const auto run = [this, batch, heads] {
-    executors_.select_pool().For(static_cast<int64_t>(heads->size()), [&](int64_t i) {
+  int64_t work = 0;
+  for (const Item* item : items) work += Work(*item);
+  const bool alone = work <= kWorkAlone;
+  const auto run = [this, batch, heads, alone] {
+    const auto task = [&](int64_t i) {
       const auto& [item, head] = (*heads)[static_cast<size_t>(i)];
       RunHead(batch, *item, head);
-    });
+    };
+    const auto count = static_cast<int64_t>(heads->size());
+    if (alone) {
+      kernels::SerialFor(count, task);
+    } else {
+      executors_.select_pool().For(count, task);
+    }
   };
-  if (inline_ok && executors_.select_pool().Idle()) {
+  // More work than that would keep its caller, a thread that serves the network, from its own.
+  if (inline_ok && alone && executors_.select_pool().Idle()) {
     run();
   } else {
     executors_.select_pool().Schedule(run);

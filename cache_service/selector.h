@@ -49,6 +49,8 @@ class Selector {
   bool Admit(int64_t items);
   void Begin(const std::shared_ptr<Batch>& batch, Item& item);
   void Built(const std::shared_ptr<Batch>& batch, Item& item, Sequence::SnapshotOr snapshot);
+  // Multiplications that all heads of the item take, about.
+  static int64_t Work(const Item& item);
   void Run(const std::shared_ptr<Batch>& batch, const std::vector<Item*>& items, bool inline_ok);
   void RunHead(const std::shared_ptr<Batch>& batch, Item& item, int64_t head);
   absl::Status SelectHead(Item& item, int64_t head);

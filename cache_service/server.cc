@@ -17,6 +17,7 @@
 #include "cache_service/rpc/reflection_rpc.h"
 #include "cache_service/rpc/rpc_context.h"
 #include "cache_service/rpc/session_service_rpc.h"
+#include "cache_service/rpc/spinning_poll.h"
 #include "cache_service/telemetry/log.h"
 #include "cache_service/telemetry/server_metrics.h"
 #include "kernels/base/status_macros.h"
@@ -113,6 +114,7 @@ absl::Status Server::Impl::Start(const Config& config) {
     RaiseOpenFileLimit();
     grpc::EnableDefaultHealthCheckService(true);
   });
+  SetPollSpin(config.spin);
   CKV_ASSIGN_OR_RETURN(shard, Shard::Create(config.shard));
   drain_delay = config.drain_delay;
   drain_timeout = config.drain_timeout;

@@ -22,6 +22,7 @@
 #include "absl/synchronization/mutex.h"
 #include "absl/time/clock.h"
 #include "cache_service/rpc/rpc_context.h"
+#include "cache_service/rpc/spinning_poll.h"
 #include "proto/error.h"
 
 namespace clusterkv::cache_service {
@@ -300,6 +301,7 @@ class ExchangeStream
 
   static constexpr size_t kMaxSpare = 4;
 
+  PollSpinScope spin_;  // the next request may come at any moment
   RpcContext& rpc_;
   RpcCall call_;
   grpc::CallbackServerContext* const context_;  // until OnDone
