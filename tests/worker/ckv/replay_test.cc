@@ -8,6 +8,8 @@
 #include <cstdlib>
 #include <filesystem>
 
+#include "cache_service/config.h"
+#include "cache_service/server.h"
 #include "tests/worker/ckv/processes.h"
 #include "worker/ckv/connection.h"
 
@@ -304,6 +306,22 @@ TEST_F(ReplayTest, RunsAndThreadCountsGiveTheSameBits) {
   }
 }
 
+TEST_F(ReplayTest, AServerInThisProcessGivesTheSameBitsAsOneOverTheWire) {
+  const auto line =
+      cache_service::ParseCommandLine({"--listen=127.0.0.1:0", "--admin_listen=127.0.0.1:0",
+                                       "--metrics_listen=", "--arena_bytes=128MiB"});
+  ASSERT_TRUE(line.ok()) << line.status();
+  const auto config = cache_service::ResolveConfig(line->message, line->places);
+  ASSERT_TRUE(config.ok()) << config.status();
+  const auto server = cache_service::Server::Start(*config);
+  ASSERT_TRUE(server.ok()) << server.status();
+  const auto client = Client::Connect((*server)->InProcessChannel());
+  ASSERT_TRUE(client.ok()) << client.status();
+  const ReplayOptions options = Preset("default", 64);
+  const ReplayTrace few = FirstSteps(64);
+  ExpectSameBits(Run(options, few), Run(options, few, client->get()));
+}
+
 TEST_F(ReplayTest, ClusteredWindowsStayNearFullAttention) {
   ReplayOptions options = Preset("default", 64);
   options.window_tokens = 64;
@@ -334,6 +352,17 @@ TEST_F(ReplayTest, EveryHotCachePolicyAnswersTheSame) {
     EXPECT_EQ(layer.hit_rate, 0);
     EXPECT_EQ(layer.recalled_tokens_per_step, layer.exact_tokens_per_step);
   }
+}
+
+TEST_F(ReplayTest, TheServersMemoryStaysWithinItsArenaAndATenth) {
+  if (kSteps != 0) GTEST_SKIP() << "a sanitizer's shadow memory is not the server's";
+  Run(Preset("clusterkv", 1024), FirstSteps(64));
+  const std::string status = ReadFile("/proc/" + std::to_string(server_->pid()) + "/status");
+  const size_t at = status.find("VmHWM:");
+  ASSERT_NE(at, status.npos);
+  const int64_t peak_kib = std::atoll(status.c_str() + at + 6);
+  EXPECT_GT(peak_kib, 0);
+  EXPECT_LE(peak_kib, static_cast<int64_t>(256 * 1024 * 1.1) + 128 * 1024);
 }
 
 TEST_F(ReplayTest, NothingIsLeftBehind) {
