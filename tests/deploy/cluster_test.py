@@ -292,8 +292,10 @@ class Cluster:
                    f"a shard did not drain: {text[-500:]}")
         codes = load[0]["statusCodeDistribution"]
         failed = sum(codes.values()) - codes.get("OK", 0)
-        # ghz does not retry; a client would, and a shard at a time is gone for a moment.
-        expect(set(codes) <= {"OK", "Unavailable"} and failed <= 0.01 * sum(codes.values()), codes)
+        # ghz does not retry, as a client would: a call that comes in the moment of the shutdown is
+        # cancelled, one that comes just after it finds nobody.
+        expect(set(codes) <= {"OK", "Unavailable", "Canceled"}, codes)
+        expect(failed <= 0.01 * sum(codes.values()), codes)
         expect(all_ready(3), "not all are ready")
         return f"{took:.1f} s; calls without any retry: {codes}"
 
