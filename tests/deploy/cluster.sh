@@ -4,7 +4,8 @@
 #
 #   cluster.sh up            starts it, builds the image, and prints the kubeconfig's path last
 #   cluster.sh test          installs the chart and tries everything (cluster_test.py); with
-#                            KUBECONFIG set, on that cluster, with the image CKV_IMAGE
+#                            KUBECONFIG set, on that cluster, with the image CKV_IMAGE, from a
+#                            machine that resolves and reaches its pods and services
 #   cluster.sh exec COMMAND  runs a command in its network, with its kubeconfig
 #   cluster.sh down          ends it and removes what it left
 #
@@ -12,6 +13,8 @@
 # kube-controller-manager, kube-scheduler, kubelet, kube-proxy, coredns, kubectl, helm, containerd,
 # ctr, runc, buildah, debootstrap, gcc; the CNI plugins in /usr/lib/cni. Where one is missing `up`
 # and `test` say so and end with status 77.
+# Kubernetes built by `go build` needs its version: -ldflags "-X k8s.io/component-base/version.
+# gitVersion=v1.34.2 -X …gitMajor=1 -X …gitMinor=34", else helm takes it for v0.0.0.
 # CKV_CLUSTER_STATE: where everything lies (default: clusterkv-cluster in the temporary folder).
 # CKV_IMAGE_ARCHIVE: an oci-archive to take instead of building the image.
 set -euo pipefail
