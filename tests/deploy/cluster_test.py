@@ -309,9 +309,10 @@ class Cluster:
 
     def prometheus(self):
         """A real Prometheus: every panel has data, an alert fires on purpose"""
-        rendered = chart_test.Rendered(alerts__enabled=True, dashboards__enabled=True,
-                                       alerts__selectP99Seconds=1e-9, fullnameOverride=NAME)
         shards = len(server_pods())
+        rendered = chart_test.Rendered(alerts__enabled=True, dashboards__enabled=True,
+                                       alerts__selectP99Seconds=1e-9, shards=shards,
+                                       fullnameOverride=NAME)
         with Prometheus(self.folder, rendered, shards) as prometheus:
             wait_until("targets", lambda: prometheus.query(
                 "count(clusterkv_uptime_seconds)") == [float(shards)])
