@@ -200,6 +200,18 @@ class Cluster:
         self.helm("test", "--timeout=300s")
         return f"{time.monotonic() - begin:.1f} s"
 
+    def image(self):
+        """The image runs its programs and has no shell; the pod has no token"""
+        inside = ["exec", f"{NAME}-0", "--"]
+        version = kubectl(*inside, "/usr/bin/clusterkv-server", "--version").split("\n")[0]
+        for shell in ("/bin/sh", "/usr/bin/sh", "/bin/bash", "/bin/busybox"):
+            expect(kubectl(*inside, shell, "-c", "true", check=False).returncode != 0,
+                   f"the image has {shell}")
+        pod = server_pods()[f"{NAME}-0"]
+        mounts = [mount["mountPath"] for mount in pod["spec"]["containers"][0]["volumeMounts"]]
+        expect(mounts == ["/etc/clusterkv"], f"mounted: {mounts}")
+        return version
+
     def seed(self):
         """ckv seed and status from outside the pods"""
         for shard in range(3):
@@ -428,8 +440,8 @@ def main():
         set() if shutil.which("prometheus") else {"prometheus"}) | (
         {"uninstall"} if options.keep else set())
     failed = 0
-    for name in ("manifests", "install", "names", "helm_test", "seed", "ghz_everywhere", "replay",
-                 "kill", "restart", "scale", "prometheus", "uninstall"):
+    for name in ("manifests", "install", "names", "helm_test", "image", "seed", "ghz_everywhere",
+                 "replay", "kill", "restart", "scale", "prometheus", "uninstall"):
         if options.checks and name not in options.checks.split(","):
             continue
         check = getattr(cluster, name)
