@@ -28,11 +28,25 @@ constexpr float kNegativeInfinity = -__builtin_huge_valf();
 struct Plan {
   AttentionCudaParams params;
   int head_blocks, channel_blocks, channel_span;  // a block's channels of the output
+  int steps;                                      // of 32 channels
+  int fragment_sets;  // of the query: 2 where records want another element type than raw keys
   int splits;
   int record_bytes;
   int64_t partial_floats;  // of one (pair, head block, channel block, split)
   int64_t counters;        // offset in the workspace, bytes
 };
+
+// A block's shared memory, in this order: units [8], sums [8], the ticket, all in the header; the
+// query's fragments; the query [8, dim], later under the warps' partials. Offsets in bytes.
+constexpr int kUnitOffset = 0;
+constexpr int kQuerySumOffset = kUnitOffset + kHeads * 4;
+constexpr int kTicketOffset = kQuerySumOffset + kHeads * 4;
+constexpr int kHeaderBytes = 128;
+static_assert(kTicketOffset + 4 <= kHeaderBytes);
+__host__ __device__ constexpr int FragmentBytes(int steps) { return steps * 2 * kWarp * 16; }
+__host__ __device__ constexpr int QueryOffset(int steps, int fragment_sets) {
+  return kHeaderBytes + fragment_sets * FragmentBytes(steps);
+}
 
 enum class Source { kFloat32, kFloat16, kBFloat16, kK8V4 };
 
@@ -450,19 +464,17 @@ __global__ void __launch_bounds__(kThreads)
   const int split = static_cast<int>(blockIdx.x);
   const int head_block = static_cast<int>(blockIdx.y) % plan.head_blocks;
   const int first_channel = static_cast<int>(blockIdx.y) / plan.head_blocks * plan.channel_span;
-  const int span = plan.channel_span, dim = p.head_dim, steps = (dim + 31) / 32;
+  const int span = plan.channel_span, dim = p.head_dim, steps = plan.steps;
   const int warp = threadIdx.x / kWarp, lane = threadIdx.x % kWarp;
 
-  // Shared: query [8, dim], unit [8], sums [8], then fragments; later the warps' partials, over the
-  // query.
-  float* unit = reinterpret_cast<float*>(SharedMemory());
-  float* query_sum = unit + kHeads;
-  int* ticket = reinterpret_cast<int*>(query_sum + kHeads);
-  uint4* fragments = reinterpret_cast<uint4*>(query_sum + 4 * kHeads);
-  uint4* record_fragments = kRecord == Source::kK8V4 && !Traits<kRaw>::kHalfKeys
-                                ? fragments + steps * 2 * kWarp
-                                : fragments;
-  float* query = reinterpret_cast<float*>(record_fragments + steps * 2 * kWarp);
+  unsigned char* shared = SharedMemory();
+  float* unit = reinterpret_cast<float*>(shared + kUnitOffset);
+  float* query_sum = reinterpret_cast<float*>(shared + kQuerySumOffset);
+  int* ticket = reinterpret_cast<int*>(shared + kTicketOffset);
+  uint4* fragments = reinterpret_cast<uint4*>(shared + kHeaderBytes);
+  uint4* record_fragments = reinterpret_cast<uint4*>(
+      shared + kHeaderBytes + (plan.fragment_sets - 1) * FragmentBytes(steps));
+  float* query = reinterpret_cast<float*>(shared + QueryOffset(steps, plan.fragment_sets));
   for (int i = threadIdx.x; i < kHeads * dim; i += kThreads) {
     const int head = head_block * kHeads + i / dim;
     query[i] = head < p.group ? pair.queries[head * dim + i % dim] * p.scale * kLog2E : 0.0f;
@@ -485,7 +497,7 @@ __global__ void __launch_bounds__(kThreads)
   }
   __syncthreads();
   MakeFragments<Traits<kRaw>::kHalfKeys>(query, unit, dim, steps, fragments);
-  if (record_fragments != fragments) {
+  if (plan.fragment_sets > 1) {
     MakeFragments<Traits<kRecord>::kHalfKeys>(query, unit, dim, steps, record_fragments);
   }
   __syncthreads();
@@ -537,6 +549,9 @@ Plan MakePlan(const AttentionCudaParams& p, int32_t pairs) {
   plan.record_bytes = p.format == RecordFormat::kK8V4
                           ? 8 + p.head_dim + p.head_dim / 2
                           : 2 * p.head_dim * ElementBytes(p.element_type);
+  plan.steps = (p.head_dim + 31) / 32;
+  plan.fragment_sets =
+      p.format == RecordFormat::kK8V4 && p.element_type != ElementType::kFloat16 ? 2 : 1;
   plan.partial_floats = 2 * kHeads + kHeads * plan.channel_span;
   plan.splits = p.splits;
   const int64_t blocks = static_cast<int64_t>(pairs) * plan.head_blocks * plan.channel_blocks;
@@ -578,11 +593,9 @@ cudaError_t LaunchSparseAttention(const AttentionCudaParams& params, const Atten
   if (!Valid(params) || pair_count < 0 || pair_count > 65535) return cudaErrorInvalidValue;
   if (pair_count == 0) return cudaSuccess;
   const Plan plan = MakePlan(params, pair_count);
-  const int steps = (params.head_dim + 31) / 32;
-  const int64_t fragments = int64_t{2} * steps * 2 * kWarp * sizeof(uint4);
   const int64_t rows =
       std::max<int64_t>(int64_t{kHeads} * params.head_dim, kWarps * plan.partial_floats);
-  const int64_t shared_bytes = 4 * kHeads * 4 + fragments + rows * 4;
+  const int64_t shared_bytes = QueryOffset(plan.steps, plan.fragment_sets) + rows * 4;
   const Kernel kernel = params.element_type == ElementType::kFloat32
                             ? KernelOfFormat<Source::kFloat32>(params.format, plan.channel_span)
                         : params.element_type == ElementType::kFloat16

@@ -221,32 +221,50 @@ __device__ __forceinline__ uint32_t NibblesToBFloat16(uint32_t codes) {
 // + 8..), (r + 8, 2t + 8..); b[0..1] are (rows 2t.., column r), (rows 2t + 8.., column r); d[0..3]
 // are (r, 2t), (r, 2t + 1), (r + 8, 2t), (r + 8, 2t + 1).
 #ifdef CLUSTERKV_CUDA_EMULATOR
-template <typename ToFloat>
+// Adds as a matrix unit does: the products and d are aligned to the largest exponent among them and
+// cut off kMmaBits below it. A product's exponent is the sum of its factors', where a subnormal's
+// is that of the smallest normal number: its leading zeros cost bits of the sum. With 25 bits the
+// error of a select over subnormal codes was 3.12e-4 here and 3.18e-4 on an H200.
+constexpr int kMmaBits = 25;
+inline int ExponentOf(uint32_t field, int bias) {
+  return std::max(static_cast<int>(field), 1) - bias;
+}
+template <typename ToFloat, typename ToExponent>
 void EmulateMma(float (&d)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b1,
-                const ToFloat& to_float) {
+                const ToFloat& to_float, const ToExponent& to_exponent) {
   const uint32_t words[6] = {a[0], a[1], a[2], a[3], b0, b1};
   uint32_t all[32][8];
   cuda_emulator::Exchange(kFullMask, words, 6, all);
   const int r = cuda_emulator::current->lane / 4, t = cuda_emulator::current->lane % 4;
   for (int i = 0; i < 4; ++i) {
     const int row = r + (i / 2) * 8, column = 2 * t + i % 2;
-    double sum = d[i];
+    double terms[17] = {d[i]};
+    int largest = ExponentOf(__float_as_uint(d[i]) >> 23 & 0xffu, 127);
     for (int k = 0; k < 16; ++k) {
       const int a_lane = row % 8 * 4 + k % 8 / 2, b_lane = column * 4 + k % 8 / 2;
       const uint32_t a_word = all[a_lane][(row / 8) + (k / 8) * 2];
       const uint32_t b_word = all[b_lane][4 + k / 8];
-      sum += static_cast<double>(to_float(static_cast<uint16_t>(a_word >> (k % 2 * 16)))) *
-             to_float(static_cast<uint16_t>(b_word >> (k % 2 * 16)));
+      const uint16_t a_bits = static_cast<uint16_t>(a_word >> (k % 2 * 16));
+      const uint16_t b_bits = static_cast<uint16_t>(b_word >> (k % 2 * 16));
+      terms[k + 1] = static_cast<double>(to_float(a_bits)) * to_float(b_bits);
+      if (terms[k + 1] != 0) {
+        largest = std::max(largest, to_exponent(a_bits) + to_exponent(b_bits));
+      }
     }
-    d[i] = static_cast<float>(sum);
+    const double scale = std::ldexp(1.0, kMmaBits - largest);
+    double sum = 0;
+    for (double term : terms) sum += std::trunc(term * scale);
+    d[i] = static_cast<float>(sum / scale);
   }
 }
+inline int HalfExponent(uint16_t bits) { return ExponentOf(bits >> 10 & 0x1fu, 15); }
+inline int BFloat16Exponent(uint16_t bits) { return ExponentOf(bits >> 7 & 0xffu, 127); }
 #endif
 
 __device__ __forceinline__ void MmaHalf(float (&d)[4], const uint32_t (&a)[4], uint32_t b0,
                                         uint32_t b1) {
 #ifdef CLUSTERKV_CUDA_EMULATOR
-  EmulateMma(d, a, b0, b1, HalfToFloat);
+  EmulateMma(d, a, b0, b1, HalfToFloat, HalfExponent);
 #else
   asm volatile(
       "mma.sync.aligned.m16n8k16.row.col.f32.f16.f16.f32 {%0,%1,%2,%3}, {%4,%5,%6,%7}, {%8,%9}, "
@@ -260,7 +278,7 @@ __device__ __forceinline__ void MmaHalf(float (&d)[4], const uint32_t (&a)[4], u
 __device__ __forceinline__ void MmaBFloat16(float (&d)[4], const uint32_t (&a)[4], uint32_t b0,
                                             uint32_t b1) {
 #ifdef CLUSTERKV_CUDA_EMULATOR
-  EmulateMma(d, a, b0, b1, BFloat16ToFloat);
+  EmulateMma(d, a, b0, b1, BFloat16ToFloat, BFloat16Exponent);
 #else
   asm volatile(
       "mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32 {%0,%1,%2,%3}, {%4,%5,%6,%7}, {%8,%9}, "

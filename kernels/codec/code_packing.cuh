@@ -1,8 +1,8 @@
 // code_packing.h for the GPU: residual codes as operands of the matrix unit.
 //
-// A code enters a product as the half with the code as its bits, that is, code · 2^-24 (a
-// subnormal, exact); sums are multiplied by 2^24 afterwards. A block is 16 channels, as in
-// code_packing.h.
+// A code enters a product as the half of its number, not as the subnormal half with the code as its
+// bits: the matrix unit aligns products by their exponents before it adds them, and a subnormal's
+// leading zeros take up to ten of the sum's 24 bits. A block is 16 channels, as in code_packing.h.
 #ifndef CLUSTERKV_KERNELS_CODEC_CODE_PACKING_CUH_
 #define CLUSTERKV_KERNELS_CODEC_CODE_PACKING_CUH_
 
@@ -13,7 +13,6 @@
 namespace clusterkv::kernels::cuda {
 
 constexpr int kCodeBlock = 16;
-constexpr float kCodeUnit = 16777216.0f;  // 2^24
 
 // Where things lie in one token's codes (residual_codes.h).
 struct CodesLayout {
@@ -55,16 +54,18 @@ struct CodeBlock {
   // Channels (2t, 2t + 8) and (2t + 1, 2t + 9) of the block as two pairs of halves.
   __device__ __forceinline__ void ChannelPairs(int t, uint32_t* even, uint32_t* odd) const {
     if constexpr (kBits == 4) {
-      *even = word0 >> (4 * t) & 0x000f000fu;
-      *odd = word1 >> (4 * t) & 0x000f000fu;
+      *even = BytesToHalves(word0 >> (4 * t) & 0x000f000fu);
+      *odd = BytesToHalves(word1 >> (4 * t) & 0x000f000fu);
     } else {
-      *even = word0 >> (4 * t) & 0x00030003u;
-      *odd = word0 >> (4 * t + 2) & 0x00030003u;
+      uint32_t even_codes = word0 >> (4 * t) & 0x00030003u;
+      uint32_t odd_codes = word0 >> (4 * t + 2) & 0x00030003u;
       if constexpr (kBits == 3) {
         const uint32_t plane = (word1 & 0xffu) | (word1 & 0xff00u) << 8;
-        *even |= (plane >> (2 * t) & 0x00010001u) << 2;
-        *odd |= (plane >> (2 * t + 1) & 0x00010001u) << 2;
+        even_codes |= (plane >> (2 * t) & 0x00010001u) << 2;
+        odd_codes |= (plane >> (2 * t + 1) & 0x00010001u) << 2;
       }
+      *even = BytesToHalves(even_codes);
+      *odd = BytesToHalves(odd_codes);
     }
   }
 };
@@ -81,7 +82,7 @@ __device__ __forceinline__ uint32_t TokenPair(const CodeBlock<kBits>& a, const C
                                               int half, int column) {
   if constexpr (kBits == 4) {
     const uint32_t wa = half ? a.word1 : a.word0, wb = half ? b.word1 : b.word0;
-    return (wa >> (4 * column) & 0xfu) | (wb >> (4 * column) & 0xfu) << 16;
+    return BytesToHalves((wa >> (4 * column) & 0xfu) | (wb >> (4 * column) & 0xfu) << 16);
   } else {
     uint32_t pair =
         __byte_perm(a.word0, b.word0, half ? 0x7632 : 0x5410) >> (2 * column) & 0x00030003u;
@@ -89,7 +90,7 @@ __device__ __forceinline__ uint32_t TokenPair(const CodeBlock<kBits>& a, const C
       const int bit = 8 * half + column;
       pair |= (a.word1 >> bit & 1u) << 2 | (b.word1 >> bit & 1u) << 18;
     }
-    return pair;
+    return BytesToHalves(pair);
   }
 }
 template <int kBits>

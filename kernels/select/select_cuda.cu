@@ -12,6 +12,9 @@
 //   6  sum of the blocks' states
 //
 // Logits are kept in units of log2, so that exp2 does.
+#include <algorithm>
+#include <atomic>
+
 #include "kernels/base/cuda_util.cuh"
 #include "kernels/codec/code_packing.cuh"
 #include "kernels/select/select_cuda.h"
@@ -87,7 +90,7 @@ struct Arrays {
   float* query;        // [group, D]: weighted query, times scale and log2 e
   float* query_sums;   // [head_blocks * 8, groups]: of the balanced query over each scale group
   float* inverse_v;    // [D]: 1 / V balance
-  float* query_unit;   // [head_blocks * 8]: what hi and lo were divided by, times 2^24
+  float* query_unit;   // [head_blocks * 8]: what hi and lo were divided by
   float* head_max;     // [group]
   float* head_sum;     // [group]; of a softmax whose ranks are wanted: its log2-sum-exp2
   uint32_t* cluster_keys;      // [max_clusters]: RankKey
@@ -250,10 +253,6 @@ __device__ void PrepareQueries(Context& c) {
     }
     c.a.query_hi_lo[i] = fragment;
   }
-  // Made ready for use as a factor of sums over codes; the barrier orders it after its reads above.
-  __syncthreads();
-  for (int h = threadIdx.x; h < c.plan.head_blocks * 8; h += kThreads)
-    c.a.query_unit[h] *= kCodeUnit;
 }
 
 // ---- phase 1: centroids
@@ -781,7 +780,7 @@ __device__ void SumCodes(Context& c, int hb, int exponent) {
   const int lane = threadIdx.x % kWarp, warp = threadIdx.x / kWarp, r = lane / 4, t = lane % 4;
   const int blocks = p.head_dim / kCodeBlock;
   const float up = exp2f(static_cast<float>(exponent));
-  const float down = kCodeUnit / up;
+  const float down = 1.0f / up;
   int begin, end;
   TileRange(c, &begin, &end);
   for (int chunk = 0; chunk < blocks; chunk += kChunk / kCodeBlock) {
@@ -1031,6 +1030,46 @@ DeviceLimits ReadLimits() {
   return limits;
 }
 
+// How many clusters of `blocks` blocks the device runs at once, a block per multiprocessor. Fewer
+// than multiprocessors / blocks where a cluster does not fit what is left of a processing cluster:
+// asking for one more than that doubles the time. Asked once per device and size.
+int ResidentClusters(const DeviceLimits& limits, int blocks) {
+  const int ideal = limits.multiprocessors / blocks;
+#ifdef CLUSTERKV_CUDA_EMULATOR
+  return ideal;
+#else
+  constexpr int kDevices = 64, kSizes = 17;
+  static std::atomic<int> known[kDevices][kSizes];  // 0: not asked yet; else the number + 1
+  int device = 0;
+  if (cudaGetDevice(&device) != cudaSuccess || device >= kDevices || blocks >= kSizes) return ideal;
+  if (const int number = known[device][blocks].load(std::memory_order_relaxed); number > 0) {
+    return number - 1;
+  }
+  const auto kernel = SelectKernel<2, 1>;
+  const void* function = reinterpret_cast<const void*>(kernel);
+  cudaLaunchAttribute attribute = {};
+  attribute.id = cudaLaunchAttributeClusterDimension;
+  attribute.val.clusterDim.x = blocks;
+  attribute.val.clusterDim.y = attribute.val.clusterDim.z = 1;
+  cudaLaunchConfig_t config = {};
+  config.gridDim = dim3(ideal * blocks);
+  config.blockDim = dim3(kThreads);
+  config.dynamicSmemBytes = static_cast<size_t>(limits.shared_bytes);
+  config.attrs = &attribute;
+  config.numAttrs = 1;
+  int number = 0;
+  if (cudaFuncSetAttribute(function, cudaFuncAttributeMaxDynamicSharedMemorySize,
+                           static_cast<int>(limits.shared_bytes)) != cudaSuccess ||
+      cudaOccupancyMaxActiveClusters(&number, function, &config) != cudaSuccess) {
+    (void)cudaGetLastError();  // it is no launch that failed
+    number = ideal;
+  }
+  number = std::min(number, ideal);
+  known[device][blocks].store(number + 1, std::memory_order_relaxed);
+  return number;
+#endif
+}
+
 Plan MakePlan(const SelectCudaParams& p, int32_t pairs) {
   const DeviceLimits limits = ReadLimits();
   Plan plan = {};
@@ -1047,7 +1086,7 @@ Plan MakePlan(const SelectCudaParams& p, int32_t pairs) {
   if (plan.blocks == 0) {
     plan.blocks = 1;
     while (limits.clusters && plan.blocks < 8 &&
-           plan.blocks * 2 * pairs <= limits.multiprocessors) {
+           pairs <= ResidentClusters(limits, plan.blocks * 2)) {
       plan.blocks *= 2;
     }
   }

@@ -145,7 +145,10 @@ class SelectCase {
       const std::vector<float> state(answer.state_output.begin() + h * want.size(),
                                      answer.state_output.begin() + (h + 1) * want.size());
       const double error = RelativeError(state, want);
-      GPU_CHECK(error <= 2e-4) << name_ << " head " << h << ": state error " << error << "\n";
+      // Logits of the peaked case reach hundreds, where floats are 2^-16 apart or less (in units of
+      // log2, 1e-5 of a weight): room for a handful of roundings of each. Codes that enter the
+      // matrix unit as subnormals miss it in most cases (code_packing.cuh).
+      GPU_CHECK(error <= 5e-5) << name_ << " head " << h << ": state error " << error << "\n";
       const auto want_lse = file_.Get<float>(head + "state_lse");
       for (size_t g = 0; g < want_lse.size(); ++g) {
         const float lse = answer.state_lse[h * want_lse.size() + g];

@@ -14,6 +14,10 @@ int cluster_blocks = 1;
 namespace {
 
 constexpr size_t kStackBytes = 128 << 10;
+// Shared memory as a block finds it, and how much of it behind the block's own must stay so.
+constexpr unsigned char kSharedFill = 0xff;
+constexpr size_t kSharedAlignment = 1024;
+constexpr size_t kSharedGuard = 4096;
 
 struct Barrier {
   int arrived = 0;
@@ -117,6 +121,23 @@ void Prepare(Fiber& fiber, size_t index) {
   fiber.stack_pointer = top;
 }
 
+unsigned char* SharedOf(Block& block) {
+  const uintptr_t at = reinterpret_cast<uintptr_t>(block.shared.data());
+  return reinterpret_cast<unsigned char*>((at + kSharedAlignment - 1) / kSharedAlignment *
+                                          kSharedAlignment);
+}
+
+// Stops the program if the block wrote past its dynamic shared memory.
+void CheckSharedGuard(Block& block, size_t shared_bytes) {
+  const unsigned char* guard = SharedOf(block) + shared_bytes;
+  for (size_t i = 0; i < kSharedGuard; ++i) {
+    if (guard[i] == kSharedFill) continue;
+    std::fprintf(stderr, "cuda emulator: shared memory of %zu bytes, written at %zu\n",
+                 shared_bytes, shared_bytes + i);
+    std::abort();
+  }
+}
+
 void RunCluster(dim3 grid, dim3 block, size_t shared_bytes, int first_block, int count) {
   const int threads = static_cast<int>(block.x * block.y * block.z);
   blocks.assign(count, Block());
@@ -126,7 +147,7 @@ void RunCluster(dim3 grid, dim3 block, size_t shared_bytes, int first_block, int
   for (int b = 0; b < count; ++b) {
     blocks[b].live = threads;
     blocks[b].warps.resize((threads + 31) / 32);
-    blocks[b].shared.assign(shared_bytes + 1024, 0xff);
+    blocks[b].shared.assign(shared_bytes + kSharedAlignment + kSharedGuard, kSharedFill);
     for (int t = 0; t < threads; ++t) {
       Fiber& fiber = fibers[static_cast<size_t>(b) * threads + t];
       const unsigned linear = static_cast<unsigned>(first_block + b);
@@ -159,14 +180,12 @@ void RunCluster(dim3 grid, dim3 block, size_t shared_bytes, int first_block, int
       std::abort();
     }
   }
+  for (Block& b : blocks) CheckSharedGuard(b, shared_bytes);
 }
 
 }  // namespace
 
-unsigned char* SharedMemory() {
-  const uintptr_t at = reinterpret_cast<uintptr_t>(blocks[current->block_in_cluster].shared.data());
-  return reinterpret_cast<unsigned char*>((at + 1023) / 1024 * 1024);
-}
+unsigned char* SharedMemory() { return SharedOf(blocks[current->block_in_cluster]); }
 
 void SyncThreads() {
   Block& block = blocks[current->block_in_cluster];
