@@ -170,6 +170,21 @@ def bench_answer(library, report):
                    "reading the same scattered bytes", peer, ours / peer, "<= 1.5")
 
 
+def bench_answer_parts(library, report):
+    """What an answer's time is made of: by blocks per pair, and without its parts."""
+    layers = 8
+    for sequences, blocks, scored, estimated in (
+            (1, 1, 2048, 0.25), (1, 2, 2048, 0.25), (1, 4, 2048, 0.25), (1, 8, 2048, 0.25),
+            (1, 8, 2048, 0), (1, 8, 0, 0.25), (1, 8, 0, 0), (1, 1, 2048, 0), (1, 1, 0, 0.25),
+            (1, 1, 0, 0), (4, 1, 2048, 0.25), (4, 2, 2048, 0.25), (4, 4, 2048, 0.25)):
+        handle = library.create("ckv_select_create", sequences, 2048, scored,
+                                ctypes.c_float(estimated), layers, blocks)
+        ours, peer = compare([library.runner("ckv_select_run", handle),
+                              library.runner("ckv_select_peer", handle)], layers)
+        report.add(f"answer, batch {sequences}, {blocks} blocks, W = {scored}, {estimated}", ours,
+                   "us", "reading the same scattered bytes", peer, ours / peer, "-")
+
+
 def bench_attention(library, report):
     for batch, tokens, k8v4 in ((1, 1024, 0), (16, 400, 0), (16, 1024, 0), (16, 4096, 0),
                                 (64, 1024, 0), (16, 1024, 1), (16, 4096, 1)):
@@ -201,7 +216,7 @@ def main():
     parser = argparse.ArgumentParser()
     parser.add_argument("--lib", required=True)
     parser.add_argument("--out", required=True)
-    parser.add_argument("--only", default="kmeans,select,answer,attention,move")
+    parser.add_argument("--only", default="kmeans,select,answer,answer_parts,attention,move")
     options = parser.parse_args()
     torch.manual_seed(1)
     stream = torch.cuda.Stream()
