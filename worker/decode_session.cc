@@ -256,7 +256,7 @@ void DecodeSession::Impl::Abandon(Layer* layer) {
 // OK when the step is worth one more attempt.
 absl::Status DecodeSession::Impl::Recover(const absl::Status& failure, Layer* layer) {
   Abandon(layer);
-  if (IsTransportFailure(failure)) return ReturnToServer();
+  if (IsStreamFailure(failure)) return ReturnToServer();
   switch (ReasonOf(failure)) {
     case v1::RESIDENCY_STALE:
       layer->Distrust();

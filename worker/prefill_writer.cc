@@ -230,7 +230,7 @@ absl::Status PrefillWriter::Impl::CloseStream() {
 
 // After a failed stream: what was not acknowledged goes back to the front of the queue, once.
 absl::Status PrefillWriter::Impl::Recover(const absl::Status& failure) {
-  if (!IsTransportFailure(failure) || resending) return failure;
+  if (!IsStreamFailure(failure) || resending) return failure;
   resending = true;
   stream.reset();
   CKV_RETURN_IF_ERROR(client->Reconnect(client->call_timeout(), nullptr));

@@ -19,7 +19,7 @@ using Stream = grpc::ClientReaderWriterInterface<v1::SessionRequest, v1::Session
 constexpr std::chrono::milliseconds kFirstPause(10);
 constexpr std::chrono::milliseconds kLongestPause(500);
 constexpr std::chrono::milliseconds kFarewell(500);
-// Until the server has named its own.
+// How long a server may take to welcome a worker.
 constexpr absl::Duration kFirstTtl = absl::Seconds(10);
 
 }  // namespace
@@ -119,11 +119,13 @@ bool SessionStream::RunOnce() {
 void SessionStream::Beat(Attempt* attempt, std::unique_lock<std::mutex>& lock) {
   v1::SessionRequest heartbeat;
   heartbeat.mutable_heartbeat();
-  while (!attempt->over && !stopping_) {
+  const auto ended = [&] { return attempt->over || stopping_; };
+  changed_.wait_for(lock, absl::ToChronoNanoseconds(kFirstTtl),
+                    [&] { return ended() || attempt->welcomed; });
+  while (attempt->welcomed && !ended()) {
     const auto ttl = absl::ToChronoNanoseconds(ttl_);
     if (Clock::now() - attempt->heard > ttl) return;
-    changed_.wait_for(lock, ttl / 3, [&] { return attempt->over || stopping_; });
-    if (attempt->over || stopping_ || !attempt->welcomed) continue;
+    if (changed_.wait_for(lock, ttl / 3, ended)) return;
     lock.unlock();
     attempt->stream->Write(heartbeat);
     lock.lock();

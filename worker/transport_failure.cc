@@ -17,4 +17,8 @@ bool IsTransportFailure(const absl::Status& status) {
   }
 }
 
+bool IsStreamFailure(const absl::Status& status) {
+  return IsTransportFailure(status) || ReasonOf(status) == v1::DRAINING;
+}
+
 }  // namespace clusterkv::worker

@@ -11,6 +11,10 @@ namespace clusterkv::worker {
 // believed.
 bool IsTransportFailure(const absl::Status& status);
 
+// The same for a stream that was open: a server that ends it with DRAINING shuts down, and the one
+// that comes after it may answer.
+bool IsStreamFailure(const absl::Status& status);
+
 }  // namespace clusterkv::worker
 
 #endif  // CLUSTERKV_WORKER_TRANSPORT_FAILURE_H_
