@@ -215,9 +215,10 @@ class Resolver {
     const size_t colon = address.rfind(':');
     uint16_t port = 0;
     const char* end = address.data() + address.size();
-    const bool well_formed = colon != std::string::npos && colon > 0 &&
-                             colon + 1 < address.size() &&
-                             std::from_chars(address.data() + colon + 1, end, port).ptr == end;
+    const auto parsed = colon == std::string::npos
+                            ? std::from_chars_result{end, std::errc::invalid_argument}
+                            : std::from_chars(address.data() + colon + 1, end, port);
+    const bool well_formed = parsed.ec == std::errc() && parsed.ptr == end && colon > 0;
     if (!well_formed) Fail(field, "host:port, such as 0.0.0.0:7400", "\"" + address + "\"");
     return address;
   }

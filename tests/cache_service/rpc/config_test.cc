@@ -1,0 +1,154 @@
+#include "cache_service/config.h"
+
+#include <gmock/gmock.h>
+#include <gtest/gtest.h>
+
+#include <fstream>
+
+#include "google/protobuf/descriptor.h"
+
+namespace clusterkv::cache_service {
+namespace {
+
+using ::testing::HasSubstr;
+
+std::string MessageOf(const absl::Status& status) { return std::string(status.message()); }
+
+absl::StatusOr<Config> FromFlags(const std::vector<std::string>& flags) {
+  absl::StatusOr<CommandLine> line = ParseCommandLine(flags);
+  if (!line.ok()) return line.status();
+  return ResolveConfig(line->message, line->places);
+}
+
+TEST(ConfigTest, EveryFieldOfTheMessageHasItsRowInOrder) {
+  const auto* descriptor = v1::ServerConfig::descriptor();
+  ASSERT_EQ(static_cast<int>(ConfigFields().size()), descriptor->field_count());
+  for (int i = 0; i < descriptor->field_count(); ++i) {
+    EXPECT_EQ(std::string(descriptor->field(i)->name()),
+              ConfigFields()[static_cast<size_t>(i)].name);
+    EXPECT_THAT(ConfigHelp(), HasSubstr("--" + std::string(descriptor->field(i)->name())));
+  }
+}
+
+TEST(ConfigTest, EveryRowsDefaultIsWhatAnEmptyConfigurationGives) {
+  std::vector<std::string> flags;
+  for (const ConfigField& field : ConfigFields()) {
+    if (*field.default_value != '\0') {
+      flags.push_back("--" + std::string(field.name) + "=" + field.default_value);
+    }
+  }
+  const Config written = FromFlags(flags).value();
+  const Config empty = ResolveConfig(v1::ServerConfig()).value();
+  EXPECT_EQ(written.listen, empty.listen);
+  EXPECT_EQ(written.admin_listen, empty.admin_listen);
+  EXPECT_EQ(written.metrics_listen, empty.metrics_listen);
+  EXPECT_EQ(written.shard.arena_bytes, empty.shard.arena_bytes);
+  EXPECT_EQ(written.shard.page_bytes, empty.shard.page_bytes);
+  EXPECT_EQ(written.shard.build_threads, empty.shard.build_threads);
+  EXPECT_EQ(written.shard.select_threads, empty.shard.select_threads);
+  EXPECT_EQ(written.shard.session_ttl, empty.shard.session_ttl);
+  EXPECT_EQ(written.shard.attachment_ttl, empty.shard.attachment_ttl);
+  EXPECT_EQ(written.shard.max_sequences, empty.shard.max_sequences);
+  EXPECT_EQ(written.shard.max_sequence_tokens, empty.shard.max_sequence_tokens);
+  EXPECT_EQ(written.shard.max_attachments, empty.shard.max_attachments);
+  EXPECT_EQ(written.shard.max_queued_selects, empty.shard.max_queued_selects);
+  EXPECT_EQ(written.shard.residency_bytes, empty.shard.residency_bytes);
+  EXPECT_EQ(written.default_deadline, empty.default_deadline);
+  EXPECT_EQ(written.drain_delay, empty.drain_delay);
+  EXPECT_EQ(written.drain_timeout, empty.drain_timeout);
+  EXPECT_EQ(written.max_chunk_bytes, empty.max_chunk_bytes);
+  EXPECT_EQ(written.max_batch_items, empty.max_batch_items);
+  EXPECT_EQ(written.max_connections, empty.max_connections);
+  EXPECT_EQ(written.network_threads, empty.network_threads);
+  EXPECT_EQ(empty.metrics_listen, "") << "no /metrics unless asked for";
+}
+
+TEST(ConfigTest, BytesHaveBinarySuffixes) {
+  EXPECT_EQ(ParseBytes("17").value(), 17);
+  EXPECT_EQ(ParseBytes("17B").value(), 17);
+  EXPECT_EQ(ParseBytes("3KiB").value(), 3 << 10);
+  EXPECT_EQ(ParseBytes("64MiB").value(), 64 << 20);
+  EXPECT_EQ(ParseBytes("2GiB").value(), int64_t{2} << 30);
+  EXPECT_EQ(ParseBytes("1TiB").value(), int64_t{1} << 40);
+  for (const char* bad : {"", "MiB", "-1", "1.5GiB", "1MB", "1 MiB", "9223372036854775808",
+                          "9007199254740992KiB", "8388608TiB"}) {
+    EXPECT_FALSE(ParseBytes(bad).ok()) << bad;
+  }
+}
+
+TEST(ConfigTest, FlagsOverrideTheFileWhereverItStands) {
+  const std::string file = ::testing::TempDir() + "config_test.txtpb";
+  std::ofstream(file) << "listen: \"127.0.0.1:1\"\narena_bytes: \"2MiB\"\nverify_recalls: true\n";
+  const Config config =
+      FromFlags({"--arena_bytes=4MiB", "--config", file, "--noverify_recalls"}).value();
+  EXPECT_EQ(config.listen, "127.0.0.1:1");
+  EXPECT_EQ(config.shard.arena_bytes, 4 << 20);
+  EXPECT_FALSE(config.shard.verify_recalls);
+}
+
+TEST(ConfigTest, FlagsComeWithEqualsSignOrNextWordWithDashesOrUnderscores) {
+  const Config config =
+      FromFlags({"--max-batch-items", "7", "--verify_recalls", "--log_level=debug"}).value();
+  EXPECT_EQ(config.max_batch_items, 7);
+  EXPECT_TRUE(config.shard.verify_recalls);
+  EXPECT_EQ(config.log_level, LogLevel::kDebug);
+}
+
+TEST(ConfigTest, AnUnknownFlagSaysWhichWasMeant) {
+  EXPECT_EQ(MessageOf(FromFlags({"--arena_byte=1MiB"}).status()),
+            "unknown flag --arena_byte; did you mean --arena_bytes?");
+  EXPECT_EQ(MessageOf(FromFlags({"--zzz=1"}).status()),
+            "unknown flag --zzz; --help lists the flags");
+  EXPECT_THAT(MessageOf(FromFlags({"listen"}).status()), HasSubstr("expected --flag=value"));
+  EXPECT_THAT(MessageOf(FromFlags({"--listen"}).status()), HasSubstr("expected a value"));
+}
+
+TEST(ConfigTest, AWrongFileIsRefusedWithLineColumnAndField) {
+  v1::ServerConfig message;
+  ConfigPlaces places;
+  EXPECT_EQ(MessageOf(ParseConfigText("listen: \"a:1\"\n  arena: 3\n", "f", &message, &places)),
+            "f:2:8: Message type \"clusterkv.v1.ServerConfig\" has no field named \"arena\".");
+  EXPECT_THAT(MessageOf(ParseConfigText("spin_us: -3", "f", &message, &places)),
+              HasSubstr("f:1:10: "));
+  EXPECT_THAT(MessageOf(ParseConfigText("spin_us", "f", &message, &places)), HasSubstr("f:1:8: "));
+}
+
+TEST(ConfigTest, AWrongValueIsRefusedWithItsPlaceAndField) {
+  v1::ServerConfig message;
+  ConfigPlaces places;
+  ASSERT_TRUE(
+      ParseConfigText("listen: \"a:1\"\n page_bytes: \"5KiB\"", "f", &message, &places).ok());
+  const absl::Status status = ResolveConfig(message, places).status();
+  EXPECT_EQ(MessageOf(status), "f:2:2: page_bytes: expected a power of two, got \"5KiB\"");
+  EXPECT_EQ(ReasonOf(status), v1::INVALID_FIELD);
+  struct Bad {
+    const char *flag, *message;
+  };
+  for (const Bad& bad : std::initializer_list<Bad>{
+           {"--arena_bytes=x", "--arena_bytes: arena_bytes: expected bytes"},
+           {"--arena_bytes=1KiB", "expected 32768 to"},
+           {"--page_bytes=1KiB", "expected 4096 to 2097152 bytes, got \"1KiB\" (1024 bytes)"},
+           {"--listen=localhost", "--listen: listen: expected host:port"},
+           {"--listen=localhost:99999", "expected host:port"},
+           {"--admin_listen=:1", "expected host:port"},
+           {"--metrics_listen=unix:x", "expected host:port"},
+           {"--device=tpu", "--device: device: expected cpu, got \"tpu\""},
+           {"--log_level=loud", "log_level: expected debug, info, warning or error"},
+           {"--log_format=xml", "log_format: expected json or text"},
+           {"--max_chunk_bytes=100", "max_chunk_bytes: expected 4096 to 4194304, got 100"},
+           {"--spin_us=many", "spin_us: expected a whole number"},
+           {"--max_sequences=-1", "max_sequences: expected a whole number"},
+           {"--verify_recalls=maybe", "verify_recalls: expected true or false"},
+           {"--config=/no/such/file", "expected a readable file, got \"/no/such/file\""},
+       }) {
+    EXPECT_THAT(MessageOf(FromFlags({bad.flag}).status()), HasSubstr(bad.message)) << bad.flag;
+  }
+}
+
+TEST(ConfigTest, HelpVersionAndCheckAreTaken) {
+  const CommandLine line = ParseCommandLine({"--help", "--version", "--check_config"}).value();
+  EXPECT_TRUE(line.help && line.version && line.check_config);
+}
+
+}  // namespace
+}  // namespace clusterkv::cache_service
