@@ -1,5 +1,4 @@
-// PutKv's messages, as they come off the wire: the input is a run of them, each after its length in
-// two bytes. Bytes that are no message are made into one, field by field.
+// PutKv's messages, as they come off the wire or nearly right, field by field, on a stream.
 #include <fuzzer/FuzzedDataProvider.h>
 
 #include <cstring>
