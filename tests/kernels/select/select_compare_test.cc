@@ -239,11 +239,12 @@ void ExpectSameState(SelectFixture& f, const HeadSelection& fast, const HeadSele
   }
 }
 
-void Compare(SelectFixture& f, const SelectParams& params, SelectScratch& scratch) {
+// `masses` are of the fixture's present queries.
+void Compare(SelectFixture& f, const Masses& masses, const SelectParams& params,
+             SelectScratch& scratch) {
   HeadSelection fast, plain;
   ASSERT_TRUE(Select(params, f.input(), scratch, &fast).ok());
   ASSERT_TRUE(SelectReference(params, f.input(), &plain).ok());
-  const Masses masses(f);
   ExpectSameRanking(fast, plain, masses);
   if (::testing::Test::HasFatalFailure()) return;
   // Where near ties put another cluster last, other tokens are scored: nothing more to compare.
@@ -299,6 +300,7 @@ TEST_P(SelectCompareTest, SharedModesAgreeWithTheReference) {
     for (int64_t kv_head : {0, 1}) {
       f.input().kv_head = kv_head;
       f.NewQueries(kv_head == 0 ? 4.0f : 1.0f);
+      const Masses masses(f);
       for (const SelectParams& params :
            {SelectParams{SelectMode::kSharedPerKvHead, 64, 256, true, 0.25f},
             SelectParams{SelectMode::kSharedPerKvHead, 128, 300, false, 0.25f},
@@ -308,7 +310,7 @@ TEST_P(SelectCompareTest, SharedModesAgreeWithTheReference) {
             SelectParams{SelectMode::kSharedPerKvHead, 100'000, 64, true, 0.25f}}) {
         SCOPED_TRACE(::testing::Message()
                      << "budget " << params.budget_tokens << " scored " << params.scored_tokens);
-        Compare(f, params, scratch);
+        Compare(f, masses, params, scratch);
         if (HasFatalFailure()) return;
       }
     }
@@ -348,8 +350,8 @@ TEST(SelectCompareTest, EveryInstructionSetAgreesWithTheReference) {
     SCOPED_TRACE(hwy::TargetName(target));
     hwy::SetSupportedTargetsForTest(target);
     SelectScratch scratch;
-    Compare(f, {SelectMode::kSharedPerKvHead, 64, 256, true, 0.25f}, scratch);
-    Compare(odd, {SelectMode::kSharedPerKvHead, 64, 256, true, 0.25f}, scratch);
+    Compare(f, Masses(f), {SelectMode::kSharedPerKvHead, 64, 256, true, 0.25f}, scratch);
+    Compare(odd, Masses(odd), {SelectMode::kSharedPerKvHead, 64, 256, true, 0.25f}, scratch);
   }
   hwy::SetSupportedTargetsForTest(0);
 }
@@ -386,7 +388,7 @@ TEST(SelectCompareTest, RanksBelowTheSmallestFloatKeepTheirOrder) {
     SelectFixture f(TwoParts(MakeShape(1, 2, 64), {2, 32}, seed, false), seed);
     f.NewQueries(40.0f);
     SelectScratch scratch;
-    Compare(f, {SelectMode::kSharedPerKvHead, 64, 512, true, 0.5f}, scratch);
+    Compare(f, Masses(f), {SelectMode::kSharedPerKvHead, 64, 512, true, 0.5f}, scratch);
     HeadSelection selection;
     ASSERT_TRUE(
         Select({SelectMode::kSharedPerKvHead, 64, 512, true, 0.5f}, f.input(), scratch, &selection)
