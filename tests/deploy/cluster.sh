@@ -270,7 +270,7 @@ pod_networks() {
   local pid network
   for pid in $(ctr -a "$socket" -n k8s.io tasks ls 2>/dev/null | awk 'NR > 1 {print $2}'); do
     for network in /var/run/netns/cni-*; do
-      [ "$network" -ef "/proc/$pid/ns/net" ] && basename "$network"
+      if [ "$network" -ef "/proc/$pid/ns/net" ]; then basename "$network"; fi
     done
   done | sort -u
 }
@@ -291,7 +291,9 @@ down() {
   done
   # The shims outlive containerd.
   for pid in $(grep -lFz -- "$socket" /proc/[0-9]*/cmdline 2>/dev/null | cut -d/ -f3); do
-    grep -qz containerd-shim "/proc/$pid/cmdline" 2>/dev/null && kill -KILL "$pid" 2>/dev/null
+    if grep -qz containerd-shim "/proc/$pid/cmdline" 2>/dev/null; then
+      kill -KILL "$pid" 2>/dev/null || true
+    fi
   done
   sed -n 's/^[^ ]* \([^ ]*\) .*/\1/p' /proc/mounts | grep -F "$state/" | sort -r |
     xargs -r -n 1 umount -l || true
