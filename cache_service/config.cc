@@ -209,7 +209,7 @@ class Resolver {
 
   std::string Address(const char* field, const std::string& text, const std::string& fallback,
                       bool unix_allowed) {
-    const std::string address = text.empty() ? fallback : text;
+    std::string address = text.empty() ? fallback : text;
     if (address.empty()) return address;
     if (unix_allowed && address.compare(0, 5, "unix:") == 0 && address.size() > 5) return address;
     const size_t colon = address.rfind(':');

@@ -64,7 +64,8 @@ class Executors {
   };
 
  private:
-  Executors(int64_t scratch_bytes) : scratch_bytes_(scratch_bytes), scratch_left_(scratch_bytes) {}
+  explicit Executors(int64_t scratch_bytes)
+      : scratch_bytes_(scratch_bytes), scratch_left_(scratch_bytes) {}
   std::unique_ptr<kernels::SelectScratch> TakeScratch();
   void GiveScratch(std::unique_ptr<kernels::SelectScratch> scratch);
   void RunLongBuild(int64_t task_scratch_bytes, const Build& build);

@@ -36,7 +36,7 @@ struct BasicPagedView {
     return reinterpret_cast<Pointer*>(At(index));
   }
   // NOLINTNEXTLINE(google-explicit-constructor): as a pointer to non-const becomes one to const.
-  operator BasicPagedView<const std::byte>() const {
+  operator BasicPagedView<const std::byte>() const {  // NOLINT(google-explicit-constructor)
     return {base, pages, page_bytes, element_bytes, elements_per_page, size};
   }
 };

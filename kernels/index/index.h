@@ -82,7 +82,7 @@ struct BasicIndexPartView {
   BasicPagedView<Byte> centroids, value_means, cluster_begin, positions, slots, codes, records,
       channels;
 
-  operator BasicIndexPartView<const std::byte>() const {
+  operator BasicIndexPartView<const std::byte>() const {  // NOLINT(google-explicit-constructor)
     return {first_token, tokens, clusters, centroids, value_means, cluster_begin,
             positions,   slots,  codes,    records,   channels};
   }
