@@ -314,6 +314,9 @@ absl::Status Selector::SelectHead(Item& item, int64_t head) {
   input.sink_tokens = layer.sink_tokens;
   Executors::Scratch scratch(&executors_);
   const absl::Status status = kernels::Select(item.select, input, *scratch, &selection);
+  if (absl::IsInvalidArgument(status)) {  // finite, but their logits are not
+    return Error(v1::NON_FINITE_QUERY, std::string(status.message()), {{"field", "queries"}});
+  }
   if (!status.ok()) return Error(v1::INTERNAL_ERROR, std::string(status.message()));
   item.answer->estimated_tokens[static_cast<size_t>(head)] =
       TokensOfClusters(layer, head, selection.estimated_clusters);

@@ -1,6 +1,9 @@
 #include "cache_service/server.h"
 
 #include <google/protobuf/stubs/common.h>
+#if GOOGLE_PROTOBUF_VERSION < 4022000
+#include <google/protobuf/stubs/logging.h>
+#endif
 #include <grpcpp/grpcpp.h>
 #include <grpcpp/health_check_service_interface.h>
 #include <grpcpp/server_builder.h>
@@ -113,6 +116,9 @@ absl::Status Server::Impl::Start(const Config& config) {
   absl::call_once(process_once, [] {
     RaiseOpenFileLimit();
     grpc::EnableDefaultHealthCheckService(true);
+#if GOOGLE_PROTOBUF_VERSION < 4022000
+    google::protobuf::SetLogHandler(nullptr);  // a line for every bad string of a client
+#endif
   });
   SetPollSpin(config.spin);
   CKV_ASSIGN_OR_RETURN(shard, Shard::Create(config.shard));

@@ -492,6 +492,9 @@ void BadInput::AddSelectCases() {
           [number](auto* v) { number(v, 7, std::numeric_limits<float>::quiet_NaN()); });
   queries("select-inf",
           [number](auto* v) { number(v, 0, -std::numeric_limits<float>::infinity()); });
+  queries("select-overflow", [number](auto* v) {
+    for (size_t i = 0; i < 128; ++i) number(v, i, 3e38f);
+  });
   item("select-layer", [](auto* i) { i->set_layer(2); });
   item("select-budget-zero", [](auto* i) { i->mutable_select()->set_budget_tokens(0); });
   item("select-unknown", [](auto* i) { i->mutable_sequence()->set_name("nobody"); });

@@ -2,6 +2,11 @@
 #ifndef CLUSTERKV_TESTS_FUZZ_FUZZ_SHARD_H_
 #define CLUSTERKV_TESTS_FUZZ_FUZZ_SHARD_H_
 
+#include <google/protobuf/stubs/common.h>
+#if GOOGLE_PROTOBUF_VERSION < 4022000
+#include <google/protobuf/stubs/logging.h>
+#endif
+
 #include <memory>
 #include <string>
 
@@ -20,6 +25,9 @@ constexpr size_t kRowBytes = kKvHeads * kHeadDim * 4;
 class FuzzShard {
  public:
   FuzzShard() {
+#if GOOGLE_PROTOBUF_VERSION < 4022000
+    google::protobuf::SetLogHandler(nullptr);
+#endif
     ShardOptions options;
     options.arena_bytes = 8 << 20;
     options.page_bytes = 4 << 10;

