@@ -65,17 +65,19 @@ void LedgerToProto(const PageLedger& ledger, v1::Ledger* proto) {
   proto->set_quarantined(static_cast<uint64_t>(ledger.quarantined));
 }
 
-v1::VerifyLedgerResponse CheckLedger(const Arena& arena, SequenceStore& store, bool idle,
+v1::VerifyLedgerResponse CheckLedger(const Arena& arena, SequenceStore& store,
+                                     const std::function<std::optional<uint64_t>()>& quiet_mark,
                                      bool checksums) {
   v1::VerifyLedgerResponse response;
   PageLedger counted;
   std::vector<std::string> problems = arena.Audit(&counted);
+  const std::optional<uint64_t> mark = quiet_mark();
   const int64_t changes = arena.changes();
   const PageLedger recorded = arena.ledger();
   const Owners owners(store);
   const int64_t held = recorded.total - recorded.free - recorded.quarantined;
   // A page in use that no sequence owns is a leak, if nothing moved while this counted.
-  if (idle && arena.changes() == changes) {
+  if (mark.has_value() && arena.changes() == changes && quiet_mark() == mark) {
     if (owners.pages() != held) {
       problems.push_back(
           absl::StrCat("pages in use: sequences own ", owners.pages(), ", the ledger has ", held));

@@ -77,7 +77,8 @@ void PackFloats(const kernels::PagedView& view, int64_t first, int64_t count, v1
 
 RecordPins::RecordPins(SequenceRef sequence, std::shared_ptr<const LayerSnapshot> snapshot,
                        bool verify_checksums)
-    : sequence_(std::move(sequence)),
+    : scope_(sequence->calls()),
+      sequence_(std::move(sequence)),
       snapshot_(std::move(snapshot)),
       verify_checksums_(verify_checksums),
       pins_(snapshot_->parts.size()),

@@ -27,6 +27,7 @@ class RecordPins {
   absl::StatusOr<const std::byte*> Take(int32_t part, int64_t index);
 
  private:
+  const CallCounter::Scope scope_;
   const SequenceRef sequence_;
   const std::shared_ptr<const LayerSnapshot> snapshot_;  // before pins_: it dies after them
   const bool verify_checksums_;

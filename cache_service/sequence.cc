@@ -408,6 +408,7 @@ std::vector<Sequence::SealWaiter> Sequence::TakeSealWaiters(absl::Status* status
 
 void Sequence::End(const absl::Status& reason) {
   CKV_CHECK(!reason.ok());
+  const CallCounter::Scope scope(services_.calls);
   std::vector<Layer> layers;
   std::vector<SealWaiter> seal_waiters;
   {

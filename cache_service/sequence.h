@@ -34,6 +34,7 @@
 #include "absl/status/statusor.h"
 #include "absl/synchronization/mutex.h"
 #include "absl/time/time.h"
+#include "cache_service/call_counter.h"
 #include "cache_service/executors.h"
 #include "cache_service/index_part.h"
 #include "cache_service/memory_account.h"
@@ -69,6 +70,7 @@ struct SequenceServices {
   Executors* executors = nullptr;
   RoomMaker* room = nullptr;
   ShardCounters* counters = nullptr;
+  CallCounter* calls = nullptr;
 };
 
 struct SequenceIdentity {
@@ -86,6 +88,7 @@ class Sequence : public std::enable_shared_from_this<Sequence> {
 
   const SequenceIdentity& identity() const { return identity_; }
   const SequenceParams& params() const { return params_; }
+  CallCounter* calls() const { return services_.calls; }
   int64_t sink_tokens() const { return std::min(params_.sink_tokens, params_.prompt_tokens); }
 
   // --- ingest (sequence_ingest.cc), as in Shard

@@ -26,6 +26,7 @@ struct Sequence::AppendPlan {
 };
 
 absl::StatusOr<v1::AppendKvResponse> Sequence::Append(const v1::AppendKvRequest& request) {
+  const CallCounter::Scope scope(services_.calls);
   absl::MutexLock append_lock(&append_mutex_);
   std::vector<AppendPlan> plans;
   CKV_RETURN_IF_ERROR(PlanAppend(request, &plans));
@@ -170,6 +171,7 @@ absl::Status Sequence::PublishAppend(std::vector<AppendPlan>& plans,
 
 absl::StatusOr<Shard::SteadyZone> Sequence::SteadyZone(int64_t layer_index) const {
   CKV_RETURN_IF_ERROR(CheckLayer(layer_index));
+  const CallCounter::Scope scope(services_.calls);
   StoredRows stored;
   int64_t end_token = 0;
   {

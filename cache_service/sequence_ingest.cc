@@ -126,6 +126,7 @@ absl::Status Sequence::EnsureStaging(int64_t layer_index) {
 // --- chunks
 
 absl::Status Sequence::PutChunk(const KvChunkView& chunk) {
+  const CallCounter::Scope scope(services_.calls);
   CKV_RETURN_IF_ERROR(CheckLayer(chunk.layer));
   if (chunk.tokens < 1 || chunk.first_token < 0 ||
       chunk.first_token > params_.prompt_tokens - chunk.tokens) {

@@ -30,10 +30,11 @@ int64_t SteadyNow() {
 }
 
 SequenceStore::SequenceStore(const ShardOptions& options, uint64_t boot_id, Arena* arena,
-                             Executors* executors, ShardCounters* counters, Gone gone)
+                             Executors* executors, ShardCounters* counters, CallCounter* calls,
+                             Gone gone)
     : options_(options),
       boot_id_(boot_id),
-      services_{arena, executors, this, counters},
+      services_{arena, executors, this, counters, calls},
       gone_(std::move(gone)),
       eviction_(RequiredPolicy("lru")) {}
 
@@ -166,6 +167,7 @@ absl::StatusOr<SequenceRef> SequenceStore::Insert(std::shared_ptr<Sequence> sequ
 }
 
 absl::StatusOr<SequenceRef> SequenceStore::Open(const v1::OpenSequenceRequest& request) {
+  const CallCounter::Scope scope(services_.calls);
   CKV_ASSIGN_OR_RETURN(SequenceParams params, ResolveParams(request));
   const int64_t tokens = params.prompt_tokens + params.max_decode_tokens;
   if (tokens > options_.max_sequence_tokens) {
@@ -188,6 +190,7 @@ absl::StatusOr<SequenceRef> SequenceStore::Open(const v1::OpenSequenceRequest& r
 }
 
 absl::StatusOr<SequenceRef> SequenceStore::Fork(const v1::ForkSequenceRequest& request) {
+  const CallCounter::Scope scope(services_.calls);
   CKV_ASSIGN_OR_RETURN(const SequenceRef source, Find(request.source()));
   CKV_RETURN_IF_ERROR(CheckName(request.name()));
   CKV_ASSIGN_OR_RETURN(auto fork_plan, source->PlanFork(request.max_decode_tokens()));
@@ -215,6 +218,7 @@ bool SequenceStore::Evictable(const Sequence& sequence) const {
 }
 
 bool SequenceStore::EvictOne() {
+  const CallCounter::Scope scope(services_.calls);  // from the name's end to the memory's
   std::shared_ptr<Sequence> chosen;
   {
     absl::MutexLock lock(&mutex_);
@@ -242,6 +246,7 @@ void SequenceStore::End(const std::shared_ptr<Sequence>& sequence, Notice::Kind 
 
 int64_t SequenceStore::Remove(const std::function<bool(const Sequence&)>& leaves,
                               Notice::Kind kind) {
+  const CallCounter::Scope scope(services_.calls);
   std::vector<std::shared_ptr<Sequence>> removed;
   {
     absl::MutexLock lock(&mutex_);
@@ -261,6 +266,7 @@ int64_t SequenceStore::Remove(const std::function<bool(const Sequence&)>& leaves
 absl::Status SequenceStore::Release(const v1::SequenceHandle& handle) {
   CKV_RETURN_IF_ERROR(CheckName(handle.name()));
   if (handle.boot_id() != 0 && handle.boot_id() != boot_id_) return absl::OkStatus();
+  const CallCounter::Scope scope(services_.calls);
   std::shared_ptr<Sequence> sequence;
   {
     absl::MutexLock lock(&mutex_);
@@ -276,6 +282,7 @@ absl::Status SequenceStore::Release(const v1::SequenceHandle& handle) {
 }
 
 absl::Status SequenceStore::Evict(const v1::SequenceHandle& handle, bool force) {
+  const CallCounter::Scope scope(services_.calls);
   CKV_ASSIGN_OR_RETURN(const SequenceRef found, Find(handle));
   {
     absl::MutexLock lock(&mutex_);

@@ -32,14 +32,18 @@ uint64_t Sessions::Open(std::string_view worker, uint64_t resume_id, Shard::Sess
   const auto it = sessions_.find(resume_id);
   *resumed = it != sessions_.end();
   const uint64_t id = *resumed ? resume_id : RandomId();
-  sessions_[id] = {std::string(worker), SteadyNow(), true, std::move(events)};
+  Session& session = sessions_[id];
+  session.worker = std::string(worker);
+  session.last_beat_ns = SteadyNow();
+  ++session.streams;
+  session.events = std::move(events);
   return id;
 }
 
 absl::Status Sessions::Heartbeat(uint64_t id) {
   absl::MutexLock lock(&mutex_);
   const auto it = sessions_.find(id);
-  if (it == sessions_.end() || !it->second.connected) return NotFound(id);
+  if (it == sessions_.end() || it->second.streams == 0) return NotFound(id);
   it->second.last_beat_ns = SteadyNow();
   return absl::OkStatus();
 }
@@ -55,8 +59,10 @@ bool Sessions::Close(uint64_t id, bool now) {
     absl::MutexLock lock(&mutex_);
     const auto it = sessions_.find(id);
     if (it == sessions_.end()) return false;
-    it->second.connected = false;
-    events = std::exchange(it->second.events, {});
+    Session& session = it->second;
+    if (session.streams > 0) --session.streams;
+    if (!now && session.streams > 0) return false;  // the old stream of one that was resumed
+    events = std::exchange(session.events, {});
     if (!now) return false;
     sessions_.erase(it);
   }

@@ -3,9 +3,12 @@
 //   operation \ state    live          broken (no stream)   over
 //   Open(resume)         live again    live again           a new session
 //   Heartbeat            stays         SESSION_NOT_FOUND    SESSION_NOT_FOUND
-//   Close(now = false)   broken        -                    -
+//   Close(now = false)   broken *      -                    -
 //   Close(now = true)    over          over                 -
 //   ttl without a beat   over          over                 -
+//
+// * A session that was resumed while its old stream was still there has two; it is broken when the
+// last one is closed.
 //
 // Thread-safe; the mutex is a leaf and no callback runs under it. A session's events may run once
 // more, on another thread, while Close returns: they must own what they touch.
@@ -51,7 +54,7 @@ class Sessions {
   struct Session {
     std::string worker;
     int64_t last_beat_ns = 0;
-    bool connected = false;
+    int streams = 0;
     Shard::SessionEvents events;
   };
 

@@ -71,7 +71,7 @@ class ShardImpl : public Shard {
         executors_(std::move(executors)),
         sessions_(options.session_ttl),
         attachments_(options.max_attachments, options.residency_bytes, options.attachment_ttl),
-        store_(options, boot_id_, arena_.get(), executors_.get(), &counters_,
+        store_(options, boot_id_, arena_.get(), executors_.get(), &counters_, &calls_,
                [this](const std::shared_ptr<Sequence>& sequence, Notice::Kind kind) {
                  SequenceGone(sequence, kind);
                }),
@@ -141,6 +141,7 @@ class ShardImpl : public Shard {
     std::vector<v1::Sequence> protos;
     for (const auto& sequence : store_.List(prefix, after, limit)) {
       protos.push_back(sequence->ToProto(/*with_layers=*/false));
+      if (sequence->ended()) protos.pop_back();  // meanwhile
     }
     return protos;
   }
@@ -232,7 +233,8 @@ class ShardImpl : public Shard {
   v1::Stats GetStats() override;
 
   v1::VerifyLedgerResponse VerifyLedger(bool checksums) override {
-    return CheckLedger(*arena_, store_, Idle(), checksums);
+    const auto quiet_mark = [this] { return Idle() ? calls_.QuietMark() : std::nullopt; };
+    return CheckLedger(*arena_, store_, quiet_mark, checksums);
   }
 
   void CountError(v1::ErrorReason reason) override { counters_.CountError(reason); }
@@ -305,6 +307,7 @@ class ShardImpl : public Shard {
   const uint64_t boot_id_;
   const absl::Time start_;
   ShardCounters counters_;
+  CallCounter calls_;
   std::atomic<bool> draining_{false};
   std::unique_ptr<Arena> arena_;
   std::unique_ptr<Executors> executors_;

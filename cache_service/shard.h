@@ -105,6 +105,7 @@ class Shard {
   // Errors: InvalidArgument, ResourceExhausted as Arena::Create.
   static absl::StatusOr<std::unique_ptr<Shard>> Create(const ShardOptions& options);
   // Waits for running work; queued work is answered CANCELLED.
+  // REQUIRES: no pins of an answer are alive.
   virtual ~Shard() = default;
 
   virtual uint64_t boot_id() const = 0;
@@ -164,9 +165,11 @@ class Shard {
       const v1::GetIndexRequest& request) = 0;
 
   // --- sessions
+  // Called without any lock of the shard's. They may be called once more, on another thread, while
+  // CloseSession returns: they own what they touch.
   struct SessionEvents {
     std::function<void(const v1::SessionResponse::Notice&)> notice;  // any thread; must not block
-    std::function<void()> expired;
+    std::function<void()> expired;  // over by its ttl, or by CloseSession(now) of anybody
   };
   // resume_id 0: a new one. Returns its id; *resumed says which.
   virtual absl::StatusOr<uint64_t> OpenSession(std::string_view worker, uint64_t resume_id,

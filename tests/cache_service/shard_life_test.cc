@@ -398,6 +398,19 @@ TEST_F(ShardSessionTest, BrokenStreamsResumeWithinTheTtl) {
   EXPECT_EQ(events_->expired.load(), 0) << "there was no stream to tell";
 }
 
+TEST_F(ShardSessionTest, LateEndOfTheOldStreamDoesNotBreakAResumedSession) {
+  const uint64_t session = Open();
+  bool resumed = false;
+  EXPECT_EQ(Open(session, &resumed), session);
+  EXPECT_TRUE(resumed);
+  shard_->CloseSession(session, /*now=*/false);  // the old stream's
+  EXPECT_TRUE(shard_->Heartbeat(session).ok());
+  shard_->StartDrain();
+  EXPECT_THAT(events_->Notices(), ElementsAre(Notice::DRAINING)) << "the new stream is told";
+  shard_->CloseSession(session, /*now=*/false);
+  EXPECT_EQ(Reason(shard_->Heartbeat(session)), v1::SESSION_NOT_FOUND);
+}
+
 TEST_F(ShardSessionTest, SessionsEndAtOnceWhenTold) {
   const uint64_t session = Open();
   v1::OpenSequenceRequest request = OpenRequest("filling", Kv(), kPrompt);
