@@ -575,7 +575,7 @@ TEST_P(ServiceTest, ShutdownEndsOpenStreamsWithTheReason) {
     EXPECT_EQ(ReasonOf(FromGrpcStatus(stream->Finish())), v1::DRAINING);
   });
   std::thread session_reader([&] { EXPECT_EQ(ReasonOf(client.Read().status()), v1::DRAINING); });
-  absl::SleepFor(absl::Milliseconds(20));
+  absl::SleepFor(absl::Milliseconds(500));
   harness_.server().Shutdown();
   stream_reader.join();
   session_reader.join();
