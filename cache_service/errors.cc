@@ -32,6 +32,13 @@ absl::Status SequenceReleased(std::string_view name, uint64_t generation) {
                {{"sequence", text}, {"generation", absl::StrCat(generation)}});
 }
 
+absl::Status CopyOf(const absl::Status& status) {
+  if (status.ok()) return absl::OkStatus();
+  return ErrorFromParts(status.code(), ReasonOf(status),
+                        std::string_view(status.message().data(), status.message().size()),
+                        MetadataOf(status));
+}
+
 absl::Status ServerEnding() {
   return Error(v1::CANCELLED_BY_CLIENT, "the server is ending; queued work is given up");
 }

@@ -18,6 +18,9 @@ absl::Status FieldError(v1::ErrorReason reason, std::string_view field, std::str
 absl::Status LimitError(std::string_view limit, int64_t allowed, int64_t needed);
 absl::Status LayerOutOfRange(int64_t layer, int64_t layers);
 absl::Status SequenceReleased(std::string_view name, uint64_t generation);
+// The same status with parts of its own. What several threads are told of is copied: a status's
+// shared parts are counted inside the distribution's library, where ThreadSanitizer sees no order.
+absl::Status CopyOf(const absl::Status& status);
 // The server ends: queued work is answered with this.
 absl::Status ServerEnding();
 

@@ -115,7 +115,7 @@ void Selector::Select(std::vector<SelectCall> calls, const CallContext& context,
     item.answer = &batch->answer.items[i];
   }
   for (Item& item : batch->items) {
-    absl::Status status = context_status;
+    absl::Status status = CopyOf(context_status);
     if (!admitted) {
       status = LimitError("max_queued_selects", options_.max_queued_selects,
                           executors_.queued_selects.load());

@@ -87,7 +87,7 @@ v1::SequenceState Sequence::state() const {
 }
 
 absl::Status Sequence::CheckReadyLocked() const {
-  if (released()) return end_reason_;
+  if (released()) return CopyOf(end_reason_);
   const v1::SequenceState state = StateLocked();
   if (state == v1::SEQUENCE_STATE_READY || state == v1::SEQUENCE_STATE_APPENDING) {
     return absl::OkStatus();
@@ -105,9 +105,9 @@ absl::Status Sequence::CheckReady() const {
 }
 
 absl::Status Sequence::CheckLayerIn(int64_t layer_index) const {
-  if (released()) return end_reason_;
+  if (released()) return CopyOf(end_reason_);
   const Layer& layer = layers_[static_cast<size_t>(layer_index)];
-  if (!layer.failure.ok()) return layer.failure;
+  if (!layer.failure.ok()) return CopyOf(layer.failure);
   const std::vector<TokenSpan> missing = layer.received.Missing(prompt());
   if (missing.empty()) return absl::OkStatus();
   const std::string gaps = FormatSpans(missing, 8);
@@ -357,7 +357,7 @@ void Sequence::PublishBuild(int64_t layer_index,
       }
     }
     build_next = layer.failure.ok() && layer.builds_done < layer.builds_queued;
-    layer_status = layer.failure;
+    layer_status = CopyOf(layer.failure);
     snapshot = layer.snapshot;
     waiters = TakeWaiters(layer);
     seal_waiters = TakeSealWaiters(&seal_status);
@@ -373,14 +373,14 @@ void Sequence::PublishBuild(int64_t layer_index,
     waiters.erase(waiters.begin());
     // The last one gets the only copy: pages are not held here once all are answered.
     SnapshotOr answer = waiters.empty() ? std::move(snapshot) : snapshot;
-    waiter.then(layer_status.ok() ? std::move(answer) : SnapshotOr(layer_status));
+    waiter.then(layer_status.ok() ? std::move(answer) : SnapshotOr(CopyOf(layer_status)));
   }
   snapshot.reset();
   if (seal_waiters.empty()) return;
   const v1::Sequence proto = ToProto(/*with_layers=*/true);
   for (SealWaiter& waiter : seal_waiters) {
     waiter.done(seal_status.ok() ? absl::StatusOr<v1::Sequence>(proto)
-                                 : absl::StatusOr<v1::Sequence>(seal_status));
+                                 : absl::StatusOr<v1::Sequence>(CopyOf(seal_status)));
   }
 }
 
@@ -398,7 +398,7 @@ std::vector<Sequence::SealWaiter> Sequence::TakeSealWaiters(absl::Status* status
   bool built = true;
   for (const Layer& layer : layers_) {
     built &= layer.snapshot != nullptr;
-    if (!layer.failure.ok()) *status = layer.failure;
+    if (!layer.failure.ok()) *status = CopyOf(layer.failure);
   }
   if (!built && status->ok()) return {};
   return std::exchange(seal_waiters_, {});
@@ -414,16 +414,16 @@ void Sequence::End(const absl::Status& reason) {
   {
     absl::MutexLock lock(&mutex_);
     if (released()) return;
-    end_reason_ = reason;
+    end_reason_ = CopyOf(reason);
     ended_.store(true);
     layers = std::exchange(layers_, std::vector<Layer>(layers_.size()));
     seal_waiters = std::exchange(seal_waiters_, {});
   }
   account_->Close();
   for (Layer& layer : layers) {
-    for (Waiter& waiter : layer.waiters) waiter.then(reason);
+    for (Waiter& waiter : layer.waiters) waiter.then(CopyOf(reason));
   }
-  for (SealWaiter& waiter : seal_waiters) waiter.done(reason);
+  for (SealWaiter& waiter : seal_waiters) waiter.done(CopyOf(reason));
 }
 
 // --- the log of chunks

@@ -71,7 +71,7 @@ absl::Status Sequence::PlanAppend(const v1::AppendKvRequest& request,
   CKV_RETURN_IF_ERROR(CheckReadyLocked());
   for (AppendPlan& plan : *plans) {
     const Layer& layer = layers_[static_cast<size_t>(plan.layer)];
-    CKV_RETURN_IF_ERROR(layer.failure);
+    CKV_RETURN_IF_ERROR(CopyOf(layer.failure));
     if (span.begin > layer.end_token) {
       return Error(v1::APPEND_OUT_OF_ORDER,
                    absl::StrCat("first_token: layer ", plan.layer, ": expected at most ",
@@ -141,7 +141,7 @@ absl::Status Sequence::PublishAppend(std::vector<AppendPlan>& plans,
   uint64_t bytes = 0;
   {
     absl::MutexLock lock(&mutex_);
-    if (released()) return end_reason_;
+    if (released()) return CopyOf(end_reason_);
     for (AppendPlan& plan : plans) {
       Layer& layer = layers_[static_cast<size_t>(plan.layer)];
       if (plan.fresh.size() > 0) {

@@ -92,7 +92,7 @@ absl::StatusOr<PageBlock> Sequence::AllocateEvicting(MemoryUse use, int64_t page
 absl::Status Sequence::EnsureStaging(int64_t layer_index) {
   {
     absl::MutexLock lock(&mutex_);
-    if (released()) return end_reason_;
+    if (released()) return CopyOf(end_reason_);
     const Layer& layer = layers_[static_cast<size_t>(layer_index)];
     if (layer.received.Covers(prompt()) || layer.sinks != nullptr || layer.staging != nullptr) {
       return absl::OkStatus();
@@ -113,7 +113,7 @@ absl::Status Sequence::EnsureStaging(int64_t layer_index) {
   CKV_ASSIGN_OR_RETURN(std::shared_ptr<PagedRows> staging,
                        make(MemoryUse::kStaging, params_.prompt_tokens - sink_tokens()));
   absl::MutexLock lock(&mutex_);
-  if (released()) return end_reason_;
+  if (released()) return CopyOf(end_reason_);
   Layer& layer = layers_[static_cast<size_t>(layer_index)];
   if (layer.sinks != nullptr || layer.staging != nullptr || layer.received.Covers(prompt())) {
     return absl::OkStatus();  // another chunk of the layer was faster
@@ -180,7 +180,7 @@ absl::Status Sequence::ClaimChunk(const KvChunkView& chunk, StoredRows* stored,
                         [&](const TokenSpan& claim) { return claim.Overlaps(span); });
   };
   mutex_.Await(absl::Condition(&unclaimed));
-  if (released()) return end_reason_;
+  if (released()) return CopyOf(end_reason_);
   Layer& layer = layers_[static_cast<size_t>(chunk.layer)];
   *present = layer.received.Present(span);
   *missing = layer.received.Missing(span);
@@ -322,7 +322,7 @@ absl::Status Sequence::PutStatistics(int64_t layer_index, absl::Span<const float
                       absl::StrCat(query_rms[i], " at index ", i));
   }
   absl::MutexLock lock(&mutex_);
-  if (released()) return end_reason_;
+  if (released()) return CopyOf(end_reason_);
   Layer& layer = layers_[static_cast<size_t>(layer_index)];
   const bool same = std::equal(layer.query_rms.begin(), layer.query_rms.end(), query_rms.begin(),
                                query_rms.end());
@@ -372,7 +372,7 @@ void Sequence::Seal(const CallContext& context,
   absl::Status status;
   {
     absl::MutexLock lock(&mutex_);
-    status = released() ? end_reason_ : MissingChunks();
+    status = released() ? CopyOf(end_reason_) : MissingChunks();
     if (status.ok()) {
       sealed_ = true;
       seal_waiters_.push_back({context, std::move(done)});

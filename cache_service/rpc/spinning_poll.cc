@@ -26,7 +26,7 @@ PollSpinScope::~PollSpinScope() { g_scopes.fetch_sub(1, std::memory_order_relaxe
 
 }  // namespace clusterkv::cache_service
 
-#if !defined(__SANITIZE_THREAD__) && !defined(__SANITIZE_ADDRESS__)
+#ifndef CLUSTERKV_SANITIZED
 namespace {
 
 int PollOnce(int epoll, epoll_event* events, int max_events, int timeout_ms) {

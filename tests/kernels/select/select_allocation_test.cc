@@ -9,15 +9,6 @@
 #include "kernels/select/select.h"
 #include "tests/kernels/testing/select_fixture.h"
 
-#if defined(__has_feature)
-#if __has_feature(address_sanitizer) || __has_feature(thread_sanitizer)
-#define CLUSTERKV_SANITIZED 1
-#endif
-#endif
-#if defined(__SANITIZE_ADDRESS__) || defined(__SANITIZE_THREAD__)
-#define CLUSTERKV_SANITIZED 1
-#endif
-
 namespace {
 std::atomic<int64_t> allocations{0};
 }  // namespace

@@ -18,7 +18,7 @@ namespace {
 
 // Under a sanitizer everything is ten times slower: fewer steps there, and no known answers, which
 // are means over all of them.
-#if defined(__SANITIZE_ADDRESS__) || defined(__SANITIZE_THREAD__)
+#ifdef CLUSTERKV_SANITIZED
 constexpr int64_t kSteps = 12;
 #else
 constexpr int64_t kSteps = 0;  // all
