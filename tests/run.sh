@@ -1,7 +1,8 @@
 #!/usr/bin/env bash
 # Installs what is missing, builds, and runs every test that needs no GPU: first the release build
 # (or another preset), then the suite again under AddressSanitizer with the fuzz targets,
-# ThreadSanitizer and clang's thread-safety analysis.
+# ThreadSanitizer and clang's thread-safety analysis, clang-tidy, and the compilation of all CUDA
+# code.
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 
@@ -69,11 +70,19 @@ run_clang_tidy() {
     xargs -0 -n 1 -P "$jobs" clang-tidy --quiet -p build/thread-safety
 }
 
+# Compiles and links; what needs a GPU is run by tests/gpu/run.sh.
+run_cuda() {
+  local nvcc
+  nvcc=$(tests/cuda_toolchain.sh) || return
+  CUDACXX=$nvcc cmake --preset cuda -DCLUSTERKV_TESTS=ON && cmake --build --preset cuda -j "$jobs"
+}
+
 for name in "${presets[@]}"; do
   run_preset "$name" || failed+=("$name")
 done
 if [ -z "$quick" ]; then
   try_step "clang-tidy" run_clang_tidy || failed+=(clang-tidy)
+  try_step "cuda: build" run_cuda || failed+=(cuda)
 fi
 if [ ${#failed[@]} -gt 0 ]; then
   echo "FAILED: ${failed[*]} (of ${presets[*]}), after $(steps_time $SECONDS)" >&2

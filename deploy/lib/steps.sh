@@ -77,7 +77,7 @@ BUILD_PACKAGES="g++ cmake ninja-build pkg-config ccache libgrpc++-dev libprotobu
   protobuf-compiler protobuf-compiler-grpc libabsl-dev libhwy-dev libxxhash-dev prometheus-cpp-dev
   nlohmann-json3-dev"
 TEST_PACKAGES="libgtest-dev libgmock-dev libbenchmark-dev libopenblas-dev python3 clang-format-14"
-CHECK_PACKAGES="clang clang-tidy"
+CHECK_PACKAGES="clang clang-tidy python3-venv"
 
 is_installed() { [ "$(dpkg-query -W -f '${db:Status-Status}' "$1" 2>/dev/null)" = installed ]; }
 
