@@ -12,10 +12,9 @@
 #include <cstdint>
 
 #include "kernels/base/element_type.h"
+#include "kernels/codec/record_format.h"
 
 namespace clusterkv::kernels {
-
-enum class RecordFormat : uint8_t { kRaw = 1, kK8V4 = 2 };
 
 // As RawRun (attention.h), in device memory; rows and strides are multiples of 16 bytes.
 struct DeviceRawRun {

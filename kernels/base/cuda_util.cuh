@@ -159,6 +159,11 @@ __device__ __forceinline__ void SplitHalves(float a, float b, uint32_t* hi, uint
   *lo = PackHalves(a - HalfBitsToFloat(a_hi), b - HalfBitsToFloat(b_hi));
 }
 
+// ElementBytes, on the device.
+__device__ __forceinline__ int DeviceElementBytes(ElementType type) {
+  return type == ElementType::kFloat32 ? 4 : 2;
+}
+
 __device__ __forceinline__ float LoadAsFloat(const void* row, ElementType type, int index) {
   if (type == ElementType::kFloat32) return static_cast<const float*>(row)[index];
   const uint16_t bits = static_cast<const uint16_t*>(row)[index];

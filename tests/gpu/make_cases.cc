@@ -507,6 +507,69 @@ void WriteKMeansCases(const std::string& folder) {
   for (const KMeansCase& c : cases) WriteKMeansCase(c, folder);
 }
 
+struct CodecCase {
+  const char* name;
+  const char* codec;
+  int64_t head_dim, count;
+  ElementType type = ElementType::kBFloat16;
+};
+
+// Tokens beside each other's heads: rows of twice head_dim, of which the first half is coded.
+void WriteCodecCase(const CodecCase& c, const std::string& folder) {
+  const RecordCodec& codec = *FindRecordCodec(c.codec);
+  const int64_t element = ElementBytes(c.type), stride = 2 * c.head_dim * element;
+  const int64_t bytes = codec.RecordBytes(c.type, c.head_dim);
+  std::vector<std::byte> rows[2];
+  for (int half = 0; half < 2; ++half) {
+    std::vector<float> x(2 * c.count * c.head_dim);
+    for (size_t i = 0; i < x.size(); ++i) {
+      const size_t token = i / (2 * c.head_dim);
+      x[i] = Normal();
+      if (token % 7 == 3) x[i] = half == 0 ? -1.5f : 0.0f;  // constant
+      if (token % 7 == 5 && i % 2 == 0) x[i] = -0.0f;       // zeros of both signs
+      if (token % 7 == 6 && i % 5 == 0) x[i] *= 60000.0f;   // beyond fp16's range
+      if (token % 7 == 1) x[i] *= 1e-7f;                    // scales are subnormal halves
+      if (c.type == ElementType::kFloat16) x[i] = std::clamp(x[i], -65504.0f, 65504.0f);
+    }
+    rows[half].resize(x.size() * element);
+    FromFloat(x.data(), c.type, static_cast<int64_t>(x.size()), rows[half].data());
+  }
+  std::vector<std::byte> records(c.count * bytes);
+  codec.Encode(rows[0].data(), stride, rows[1].data(), stride, c.type, c.head_dim, c.count,
+               records.data());
+  std::vector<float> keys(c.count * c.head_dim), values(keys.size());
+  std::vector<int32_t> slots(c.count);
+  for (int64_t i = 0; i < c.count; ++i) {
+    codec.Decode(&records[i * bytes], c.type, c.head_dim, &keys[i * c.head_dim],
+                 &values[i * c.head_dim]);
+    slots[i] = static_cast<int32_t>(generator() % static_cast<uint64_t>(c.count));
+  }
+  CaseFile file;
+  const int64_t numbers[] = {c.head_dim, static_cast<int64_t>(c.type), codec.name() == "k8v4",
+                             c.count, stride};
+  file.Put("numbers", numbers, 5);
+  file.Put("keys", rows[0]);
+  file.Put("values", rows[1]);
+  file.Put("records", records);
+  file.Put("slots", slots);
+  file.Put("decoded_keys", keys);
+  file.Put("decoded_values", values);
+  file.Write(folder + "/codec_" + c.name + ".case");
+}
+
+void WriteCodecCases(const std::string& folder) {
+  const CodecCase cases[] = {
+      {"raw_bf16", "raw", 128, 257},
+      {"raw_fp32", "raw", 16, 31, ElementType::kFloat32},
+      {"k8v4_bf16", "k8v4", 128, 257},
+      {"k8v4_fp16", "k8v4", 48, 97, ElementType::kFloat16},
+      {"k8v4_fp32", "k8v4", 80, 65, ElementType::kFloat32},
+      {"k8v4_wide", "k8v4", 512, 19},
+      {"k8v4_one", "k8v4", 16, 1},
+  };
+  for (const CodecCase& c : cases) WriteCodecCase(c, folder);
+}
+
 }  // namespace
 }  // namespace clusterkv::kernels
 
@@ -518,5 +581,6 @@ int main(int argc, char** argv) {
   clusterkv::kernels::WriteSelectCases(argv[1]);
   clusterkv::kernels::WriteAttentionCases(argv[1]);
   clusterkv::kernels::WriteKMeansCases(argv[1]);
+  clusterkv::kernels::WriteCodecCases(argv[1]);
   return 0;
 }

@@ -49,7 +49,9 @@ if command -v nvidia-smi > /dev/null; then
   [ "$(nvidia-smi --query-gpu=compute_cap --format=csv,noheader | head -n 1)" = 9.0 ] ||
     flags=(-std=c++20 -O3 -lineinfo -I. -arch=native)
 fi
-tests=(gather attention select kmeans)
+tests=(base codec gather attention select kmeans index)
+kernels=(base/finite codec/record_codec gather/gather attention/attention select/select
+  kmeans/kmeans index/index)
 
 compile() {  # compile SOURCE: unless an object is newer than every header and it
   local object=$build/objects/${1//\//_}.o
@@ -60,22 +62,20 @@ compile() {  # compile SOURCE: unless an object is newer than every header and i
 }
 
 build_all() {
-  local sources=() name jobs=()
-  for name in "${tests[@]}"; do
-    sources+=("kernels/$name/${name}_cuda.cu" "tests/gpu/${name}_test.cc")
+  local sources=() objects=() name jobs=()
+  for name in "${kernels[@]}"; do
+    sources+=("kernels/${name}_cuda.cu")
+    objects+=("$build/objects/kernels_${name//\//_}_cuda.cu.o")
   done
+  for name in "${tests[@]}"; do sources+=("tests/gpu/${name}_test.cc"); done
   if wants bench; then sources+=(tests/gpu/bench/gpu_bench.cu); fi
   for name in "${sources[@]}"; do compile "$name" & jobs+=($!); done
   for name in "${jobs[@]}"; do wait "$name" || return 1; done
   for name in "${tests[@]}"; do
     nvcc "${flags[@]}" "$build/objects/tests_gpu_${name}_test.cc.o" \
-      "$build/objects/kernels_${name}_${name}_cuda.cu.o" -o "$build/${name}_test" || return 1
+      "${objects[@]}" -o "$build/${name}_test" || return 1
   done
   if wants bench; then
-    local objects=()
-    for name in "${tests[@]}"; do
-      objects+=("$build/objects/kernels_${name}_${name}_cuda.cu.o")
-    done
     nvcc "${flags[@]}" -shared "$build/objects/tests_gpu_bench_gpu_bench.cu.o" "${objects[@]}" \
       -o "$build/libckv_gpu_bench.so" || return 1
   fi
@@ -102,7 +102,7 @@ if wants unit; then
       # The smallest case of each kind: the checkers slow kernels down a hundredfold.
       for run in gather:Gather attention:AttentionK8V4BesideFloat32 \
         attention:AttentionBFloat16 select:SelectScoresEverything select:SelectFourBit \
-        kmeans:KMeansOfFewRows; do
+        kmeans:KMeansOfFewRows index:IndexFewTokens codec:CodecK8V4Float32 base:FiniteFloat32; do
         name=${run%%:*}
         say "$tool $run"
         timeout 100 compute-sanitizer --tool "$tool" --error-exitcode 9 "$build/${name}_test" \

@@ -131,6 +131,24 @@ def bench_kmeans(library, report):
         torch.cuda.empty_cache()
 
 
+def bench_index(library, report):
+    layers = 3
+    for bits, k8v4, target in ((0, 0, ">= 0.75"), (2, 0, "-"), (2, 1, "-")):
+        handle = library.create("ckv_index_create", 32768, bits, k8v4, layers)
+        build = library.runner("ckv_index_build", handle)
+        whole, = compare([build], layers)
+        ours, peer = compare([library.runner("ckv_index_encode", handle),
+                              library.runner("ckv_index_peer", handle)], layers, 2)
+        codec = "k8v4" if k8v4 else "raw"
+        label = f"32k, 8 heads, {codec}, codes of {bits} bits"
+        moved = 2 * 32768 * 8 * 512  # K and V read and written
+        report.add(f"index build, permute: {label}", moved / ours / 1e3, "GB/s",
+                   "device copy of K and V", moved / peer / 1e3, peer / ours, target)
+        report.add(f"index build, whole: {label}", whole, "us", "device copy of K and V", peer,
+                   whole / peer, "-")
+        torch.cuda.empty_cache()
+
+
 def bench_select(library, report):
     empty, = compare([library.runner("ckv_empty_run", None)], 1, 32)
     for sequences, clusters in ((1, 400), (1, 2048), (8, 2048), (16, 2048), (64, 2048)):
@@ -216,7 +234,7 @@ def main():
     parser = argparse.ArgumentParser()
     parser.add_argument("--lib", required=True)
     parser.add_argument("--out", required=True)
-    parser.add_argument("--only", default="kmeans,select,answer,answer_parts,attention,move")
+    parser.add_argument("--only", default="kmeans,index,select,answer,answer_parts,attention,move")
     options = parser.parse_args()
     torch.manual_seed(1)
     stream = torch.cuda.Stream()

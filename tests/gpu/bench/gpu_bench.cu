@@ -16,6 +16,7 @@
 
 #include "kernels/attention/attention_cuda.h"
 #include "kernels/gather/gather_cuda.h"
+#include "kernels/index/index_cuda.h"
 #include "kernels/kmeans/kmeans_cuda.h"
 #include "kernels/select/select_cuda.h"
 
@@ -375,6 +376,71 @@ int ckv_kmeans_run(void* handle, int, cudaStream_t stream) {
 int ckv_kmeans_assign(void* handle, int, cudaStream_t stream) {
   auto* b = static_cast<KMeansBench*>(handle);
   return LaunchAssignRows(b->params, b->device_problems, b->problems, b->workspace, stream);
+}
+
+struct IndexBench {
+  IndexCudaParams params;
+  std::vector<IndexCudaInput> inputs;  // per layer
+  std::vector<DeviceIndexPart> parts;
+  void* workspace;
+  std::vector<unsigned char*> from, to;  // of the peer: as many bytes as K and V
+  int64_t bytes;
+};
+
+// `tokens` tokens of 8 KV heads; 2-bit codes, or none.
+void* ckv_index_create(int tokens, int code_bits, int k8v4, int layers) {
+  auto* bench = new IndexBench;
+  IndexCudaParams& p = bench->params;
+  p.kv_heads = kHeads;
+  p.head_dim = kDim;
+  p.code_bits = code_bits;
+  p.format = k8v4 ? RecordFormat::kK8V4 : RecordFormat::kRaw;
+  bench->bytes = int64_t{tokens} * kHeads * kDim * 4;
+  bench->workspace = Allocate<unsigned char>(IndexCudaWorkspaceBytes(p, tokens));
+  const int64_t row_bytes = kHeads * kDim * 2, clusters = IndexCudaClusters(p, tokens);
+  std::vector<float> rms(kHeads * kDim, 1.0f);
+  for (int layer = 0; layer < layers; ++layer) {
+    unsigned char* memory;
+    IndexCudaInput input;
+    input.keys = MakePaged(row_bytes, tokens, &memory);
+    FillBFloat16<<<4096, 256>>>(reinterpret_cast<uint16_t*>(memory), tokens * row_bytes / 2,
+                                2 * layer);
+    input.values = MakePaged(row_bytes, tokens, &memory);
+    FillBFloat16<<<4096, 256>>>(reinterpret_cast<uint16_t*>(memory), tokens * row_bytes / 2,
+                                2 * layer + 1);
+    input.query_rms = Upload(rms);
+    DeviceIndexPart part;
+    part.tokens = tokens;
+    part.clusters = static_cast<int32_t>(clusters);
+    part.centroids = MakePaged(4 * kDim, kHeads * clusters, &memory);
+    part.value_means = MakePaged(4 * kDim, kHeads * clusters, &memory);
+    part.cluster_begin = MakePaged(4, kHeads * (clusters + 1), &memory);
+    part.positions = MakePaged(4, int64_t{kHeads} * tokens, &memory);
+    part.slots = MakePaged(4, int64_t{kHeads} * tokens, &memory);
+    part.codes = MakePaged(96, int64_t{kHeads} * tokens, &memory);
+    part.records = MakePaged(RecordFormatBytes(p.format, p.element_type, kDim),
+                             int64_t{kHeads} * tokens, &memory);
+    part.channels = MakePaged(12 * kDim, kHeads, &memory);
+    bench->inputs.push_back(input);
+    bench->parts.push_back(part);
+    bench->from.push_back(Allocate<unsigned char>(bench->bytes));
+    bench->to.push_back(Allocate<unsigned char>(bench->bytes));
+  }
+  BENCH_OK(cudaDeviceSynchronize());
+  return bench;
+}
+int ckv_index_build(void* handle, int layer, cudaStream_t stream) {
+  auto* b = static_cast<IndexBench*>(handle);
+  return LaunchBuildIndexPart(b->params, b->inputs[layer], b->parts[layer], b->workspace, stream);
+}
+// After a build of the same layer; the workspace may be of another: any order serves.
+int ckv_index_encode(void* handle, int layer, cudaStream_t stream) {
+  auto* b = static_cast<IndexBench*>(handle);
+  return LaunchEncodeIndexSlots(b->params, b->inputs[layer], b->parts[layer], b->workspace, stream);
+}
+int ckv_index_peer(void* handle, int layer, cudaStream_t stream) {
+  auto* b = static_cast<IndexBench*>(handle);
+  return cudaMemcpyAsync(b->to[layer], b->from[layer], b->bytes, cudaMemcpyDeviceToDevice, stream);
 }
 
 struct MoveBench {
