@@ -289,6 +289,22 @@ void ResolveLog(const v1::ServerConfig& message, Resolver& check, Config* config
   config->log_format = format == "text" ? LogFormat::kText : LogFormat::kJson;
 }
 
+void ResolveTls(const v1::ServerConfig& message, Resolver& check, TlsOptions* tls) {
+  tls->certificate_file = message.tls_certificate_file();
+  tls->key_file = message.tls_key_file();
+  tls->client_ca_file = message.tls_client_ca_file();
+  tls->client_certificate_optional = message.tls_client_certificate_optional();
+  if (tls->enabled() && tls->key_file.empty()) {
+    check.Fail("tls_key_file", "a file, as tls_certificate_file is set", "none");
+  }
+  if (!tls->enabled() && !(tls->key_file.empty() && tls->client_ca_file.empty())) {
+    check.Fail("tls_certificate_file", "a file, as another one of tls is set", "none");
+  }
+  if (tls->client_ca_file.empty() && tls->client_certificate_optional) {
+    check.Fail("tls_client_ca_file", "a file, as tls_client_certificate_optional is set", "none");
+  }
+}
+
 }  // namespace
 
 const std::vector<ConfigField>& ConfigFields() {
@@ -322,6 +338,12 @@ const std::vector<ConfigField>& ConfigFields() {
       {"network_threads", "0",
        "threads that wait for the network; 0: one with spin_us or on up to 4 CPUs, else as gRPC "
        "chooses"},
+      {"tls_certificate_file", "", "PEM chain of the server, its own first; empty: no TLS"},
+      {"tls_key_file", "", "PEM private key of tls_certificate_file"},
+      {"tls_client_ca_file", "",
+       "PEM: clients show a certificate that one of these signed; empty: they need none"},
+      {"tls_client_certificate_optional", "false", "let clients in that show no certificate"},
+      {"health_listen", "", "host:port of health alone, never TLS, for probes; empty: none"},
   };
   return fields;
 }
@@ -391,6 +413,9 @@ absl::StatusOr<Config> ResolveConfig(const v1::ServerConfig& message, const Conf
   config.listen = check.Address("listen", message.listen(), "0.0.0.0:7400", true);
   config.admin_listen = check.Address("admin_listen", message.admin_listen(), "0.0.0.0:7401", true);
   config.metrics_listen = check.Address("metrics_listen", message.metrics_listen(), "", false);
+  config.health_listen =
+      check.Address("health_listen", message.health_listen(), "", /*unix_allowed=*/true);
+  ResolveTls(message, check, &config.tls);
   if (!message.device().empty() && message.device() != "cpu") {
     check.Fail("device", "cpu", "\"" + message.device() + "\"");
   }

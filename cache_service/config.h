@@ -21,11 +21,21 @@
 
 namespace clusterkv::cache_service {
 
+// The certificates of the data and the admin port.
+struct TlsOptions {
+  std::string certificate_file, key_file;    // PEM; empty: no TLS
+  std::string client_ca_file;                // PEM; empty: clients need no certificate
+  bool client_certificate_optional = false;  // those who show none are let in too
+  bool enabled() const { return !certificate_file.empty(); }
+};
+
 // What the message says, defaults filled in, numbers in their units.
 struct Config {
   std::string listen;          // host:port or unix:path; port 0: any free one
   std::string admin_listen;    // likewise
   std::string metrics_listen;  // host:port; empty: no /metrics
+  std::string health_listen;   // host:port or unix:path; empty: none
+  TlsOptions tls;
   ShardOptions shard;
   absl::Duration spin = absl::ZeroDuration();
   int network_threads = 0;  // 0: as gRPC chooses; process-wide, set by the program

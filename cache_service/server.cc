@@ -4,6 +4,7 @@
 #if GOOGLE_PROTOBUF_VERSION < 4022000
 #include <google/protobuf/stubs/logging.h>
 #endif
+#include <grpcpp/generic/async_generic_service.h>
 #include <grpcpp/grpcpp.h>
 #include <grpcpp/health_check_service_interface.h>
 #include <grpcpp/server_builder.h>
@@ -21,6 +22,7 @@
 #include "cache_service/rpc/rpc_context.h"
 #include "cache_service/rpc/session_service_rpc.h"
 #include "cache_service/rpc/spinning_poll.h"
+#include "cache_service/rpc/tls.h"
 #include "cache_service/telemetry/log.h"
 #include "cache_service/telemetry/server_metrics.h"
 #include "kernels/base/status_macros.h"
@@ -42,19 +44,21 @@ constexpr absl::Duration kDrainPoll = absl::Milliseconds(5);
 
 // One port: its gRPC server and where its connections come in.
 struct Port {
+  grpc::CallbackGenericService unknown;  // UNIMPLEMENTED for all that is not served
   std::vector<std::unique_ptr<grpc::Service>> reflection;  // outlives the server
   std::unique_ptr<grpc::Server> server;
   std::unique_ptr<Acceptor::Handler> handler;
 
   absl::Status Build(const std::vector<grpc::Service*>& services, std::vector<std::string> names,
-                     bool with_reflection);
+                     bool with_reflection, std::shared_ptr<grpc::ServerCredentials> credentials);
   void SetHealth(const std::string& service, bool serving) {
     server->GetHealthCheckService()->SetServingStatus(service, serving);
   }
 };
 
 absl::Status Port::Build(const std::vector<grpc::Service*>& services,
-                         std::vector<std::string> names, bool with_reflection) {
+                         std::vector<std::string> names, bool with_reflection,
+                         std::shared_ptr<grpc::ServerCredentials> credentials) {
   grpc::ServerBuilder builder;
   builder.SetMaxReceiveMessageSize(kMaxMessageBytes);
   builder.SetMaxSendMessageSize(kMaxMessageBytes);
@@ -74,9 +78,11 @@ absl::Status Port::Build(const std::vector<grpc::Service*>& services,
     reflection = MakeReflectionServices(names);
     for (const auto& service : reflection) builder.RegisterService(service.get());
   }
+  // A server of health alone has no method of the callback API, without which gRPC starts none.
+  if (services.empty()) builder.RegisterCallbackGenericService(&unknown);
   handler = builder.experimental().AddExternalConnectionAcceptor(
       grpc::ServerBuilder::experimental_type::ExternalConnectionType::FROM_FD,
-      grpc::InsecureServerCredentials());
+      std::move(credentials));
   server = builder.BuildAndStart();
   if (server == nullptr) return absl::UnavailableError("gRPC refused to start a server");
   for (const char* service : {"", "liveness", "readiness"}) SetHealth(service, true);
@@ -89,7 +95,10 @@ struct Server::Impl {
   ~Impl() { Shutdown(absl::ZeroDuration()); }
 
   absl::Status Start(const Config& config);
+  absl::Status BuildPorts(const Config& config);
   absl::Status Listen(const Config& config);
+  // Those that have a server.
+  std::vector<Port*> Ports();
   void NotServing();
   void BeginDrain();
   void Shutdown(absl::Duration grace);
@@ -98,14 +107,16 @@ struct Server::Impl {
   RpcContext rpc;
   absl::Duration drain_delay, drain_timeout;
   std::string address, admin_address;
-  int port = 0, admin_port = 0;
+  int port = 0, admin_port = 0, health_port = 0;
 
   // In the order of construction: what stands below uses what stands above.
   std::unique_ptr<Shard> shard;
   std::unique_ptr<CacheServiceRpc> cache_service;
   std::unique_ptr<SessionServiceRpc> session_service;
   std::unique_ptr<AdminServiceRpc> admin_service;
+  std::shared_ptr<TlsFiles> tls;  // null: no TLS
   Port data, admin;
+  Port health;  // has no server unless it was asked for
   std::unique_ptr<Acceptor> acceptor;
   std::unique_ptr<MetricsEndpoint> metrics_endpoint;
   absl::once_flag shutdown_once;
@@ -135,12 +146,32 @@ absl::Status Server::Impl::Start(const Config& config) {
   cache_service = std::make_unique<CacheServiceRpc>(rpc);
   session_service = std::make_unique<SessionServiceRpc>(rpc);
   admin_service = std::make_unique<AdminServiceRpc>(rpc, [this] { BeginDrain(); });
+  CKV_RETURN_IF_ERROR(BuildPorts(config));
+  return Listen(config);
+}
+
+absl::Status Server::Impl::BuildPorts(const Config& config) {
+  if (config.tls.enabled()) {
+    CKV_ASSIGN_OR_RETURN(tls, TlsFiles::Load(config.tls));
+  }
+  const auto credentials = [this] {
+    return tls == nullptr ? grpc::InsecureServerCredentials() : tls->Credentials();
+  };
   CKV_RETURN_IF_ERROR(data.Build({cache_service.get(), session_service.get()},
                                  {"clusterkv.v1.CacheService", "clusterkv.v1.SessionService"},
-                                 config.reflection));
-  CKV_RETURN_IF_ERROR(
-      admin.Build({admin_service.get()}, {"clusterkv.v1.AdminService"}, config.reflection));
-  return Listen(config);
+                                 config.reflection, credentials()));
+  CKV_RETURN_IF_ERROR(admin.Build({admin_service.get()}, {"clusterkv.v1.AdminService"},
+                                  config.reflection, credentials()));
+  if (config.health_listen.empty()) return absl::OkStatus();
+  return health.Build({}, {}, /*with_reflection=*/false, grpc::InsecureServerCredentials());
+}
+
+std::vector<Port*> Server::Impl::Ports() {
+  std::vector<Port*> ports;
+  for (Port* port : {&data, &admin, &health}) {
+    if (port->server != nullptr) ports.push_back(port);
+  }
+  return ports;
 }
 
 absl::Status Server::Impl::Listen(const Config& config) {
@@ -153,6 +184,11 @@ absl::Status Server::Impl::Listen(const Config& config) {
   std::vector<Acceptor::Listener> listeners;
   listeners.push_back({std::move(data_socket), std::move(data.handler)});
   listeners.push_back({std::move(admin_socket), std::move(admin.handler)});
+  if (health.server != nullptr) {
+    CKV_ASSIGN_OR_RETURN(ListenSocket socket, ListenSocket::Create(config.health_listen));
+    health_port = socket.port();
+    listeners.push_back({std::move(socket), std::move(health.handler)});
+  }
   CKV_ASSIGN_OR_RETURN(acceptor,
                        Acceptor::Start(std::move(listeners), config.max_connections, &metrics));
   if (config.metrics_listen.empty()) return absl::OkStatus();
@@ -166,7 +202,7 @@ absl::Status Server::Impl::Listen(const Config& config) {
 }
 
 void Server::Impl::NotServing() {
-  for (Port* port : {&data, &admin}) {
+  for (Port* port : Ports()) {
     port->SetHealth("", false);
     port->SetHealth("readiness", false);
   }
@@ -186,14 +222,10 @@ void Server::Impl::Shutdown(absl::Duration grace) {
     const absl::Time limit = absl::Now() + grace;
     rpc.streams.AwaitNone(grace);
     const auto deadline = absl::ToChronoTime(limit);
-    for (Port* port : {&data, &admin}) {
-      if (port->server != nullptr) port->server->Shutdown(deadline);
-    }
+    for (Port* port : Ports()) port->server->Shutdown(deadline);
     // Work that calls left behind answers to reactors that are gone by then, or is dropped with the
     // shard.
-    for (Port* port : {&data, &admin}) {
-      if (port->server != nullptr) port->server->Wait();
-    }
+    for (Port* port : Ports()) port->server->Wait();
   });
 }
 
@@ -213,6 +245,7 @@ int Server::admin_port() const { return impl_->admin_port; }
 int Server::metrics_port() const {
   return impl_->metrics_endpoint == nullptr ? 0 : impl_->metrics_endpoint->port();
 }
+int Server::health_port() const { return impl_->health_port; }
 Shard& Server::shard() { return *impl_->shard; }
 
 std::shared_ptr<grpc::Channel> Server::InProcessChannel() {

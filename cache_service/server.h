@@ -1,7 +1,8 @@
 // The server: a shard behind its ports.
 //
 // Data port: CacheService, SessionService. Admin port: AdminService. Both: grpc.health.v1 (services
-// "", "liveness", "readiness") and reflection. /metrics where asked for.
+// "", "liveness", "readiness") and reflection. /metrics where asked for. With certificates both
+// ports speak TLS; for probes, which cannot, there is a health port with grpc.health.v1 alone.
 //
 //   state      health ""/readiness   new sequences, sessions   calls
 //   serving    SERVING               taken                     answered
@@ -30,7 +31,8 @@ namespace clusterkv::cache_service {
 class Server {
  public:
   // Allocates the arena, binds the ports, serves. When it returns calls are answered.
-  // Errors: Unavailable when an address cannot be bound; as Shard::Create.
+  // Errors: Unavailable when an address cannot be bound; InvalidArgument when a certificate is no
+  // good; as Shard::Create.
   static absl::StatusOr<std::unique_ptr<Server>> Start(const Config& config);
   // Shuts down at once, if Shutdown was not called.
   ~Server();
@@ -41,6 +43,7 @@ class Server {
   int port() const;
   int admin_port() const;
   int metrics_port() const;  // 0: no /metrics
+  int health_port() const;   // 0: none, or a Unix socket
 
   // Channels to the data and the admin port of this very process, without sockets.
   std::shared_ptr<grpc::Channel> InProcessChannel();

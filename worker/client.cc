@@ -1,7 +1,6 @@
 #include "worker/client.h"
 
 #include <grpcpp/create_channel.h>
-#include <grpcpp/security/credentials.h>
 
 #include <algorithm>
 #include <chrono>
@@ -22,7 +21,8 @@ namespace {
 constexpr absl::Duration kAttempt = absl::Seconds(2);
 constexpr absl::Duration kPause = absl::Milliseconds(10);
 
-std::shared_ptr<grpc::Channel> MakeChannel(const std::string& target) {
+absl::StatusOr<std::shared_ptr<grpc::Channel>> MakeChannel(const std::string& target,
+                                                           const TlsOptions& tls) {
   grpc::ChannelArguments arguments;
   // A connection of its own, which comes back as soon as the server does.
   arguments.SetInt(GRPC_ARG_USE_LOCAL_SUBCHANNEL_POOL, 1);
@@ -32,7 +32,8 @@ std::shared_ptr<grpc::Channel> MakeChannel(const std::string& target) {
   arguments.SetInt(GRPC_ARG_ENABLE_RETRIES, 0);
   arguments.SetMaxReceiveMessageSize(-1);
   arguments.SetMaxSendMessageSize(-1);
-  return grpc::CreateCustomChannel(target, grpc::InsecureChannelCredentials(), arguments);
+  CKV_ASSIGN_OR_RETURN(const auto credentials, MakeCredentials(tls, &arguments));
+  return grpc::CreateCustomChannel(target, credentials, arguments);
 }
 
 std::unique_ptr<grpc::ClientContext> ContextWithTimeout(absl::Duration timeout) {
@@ -87,7 +88,8 @@ Client::~Client() = default;
 
 absl::StatusOr<std::unique_ptr<Client>> Client::Connect(const std::string& target,
                                                         const ClientOptions& options) {
-  return Connect(MakeChannel(target), options);
+  CKV_ASSIGN_OR_RETURN(const auto channel, MakeChannel(target, options.tls));
+  return Connect(channel, options);
 }
 
 absl::StatusOr<std::unique_ptr<Client>> Client::Connect(std::shared_ptr<grpc::Channel> channel,

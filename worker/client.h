@@ -23,6 +23,7 @@
 #include "clusterkv/v1/admin_service.grpc.pb.h"
 #include "clusterkv/v1/cache_service.grpc.pb.h"
 #include "clusterkv/v1/session_service.grpc.pb.h"
+#include "worker/credentials.h"
 
 namespace clusterkv::worker {
 
@@ -30,13 +31,14 @@ struct ClientOptions {
   std::string worker_name = "worker";
   bool session = true;  // keep a liveness session; its loss is told by errors and on_notice
   absl::Duration call_timeout = absl::Seconds(30);
+  TlsOptions tls;  // of channels that the client makes itself
   std::function<void(const v1::SessionResponse::Notice&)> on_notice;  // may be null; must not block
 };
 
 class Client {
  public:
   // Connects (waits up to call_timeout) and learns what the server is. target: "host:port" or
-  // "unix:path". Errors: Unavailable; DRAINING when it takes no new session.
+  // "unix:path". Errors: Unavailable; as MakeCredentials; DRAINING when it takes no new session.
   static absl::StatusOr<std::unique_ptr<Client>> Connect(const std::string& target,
                                                          const ClientOptions& options = {});
   // The same over a given channel, for servers in this process.

@@ -3,6 +3,7 @@
 #
 #   run.sh [--server=HOST:PORT] [--out=DIR] [--loads=select_json,…] [--steps=N,N,…] [--seconds=N]
 #          [--soak_seconds=N] [--sequences=N] [--tokens=N] [--p99_ms=N]
+#          [--tls_ca=FILE [--tls_cert=FILE --tls_key=FILE]]
 #
 # Loads: select_json, select_binary, select_and_recall, put_kv. Steps are calls per second, sent
 # when due whether or not earlier ones were answered (open loop), so that waiting shows. ghz and
@@ -19,10 +20,11 @@ soak_seconds=30
 sequences=16
 tokens=8192
 p99_ms=20
+tls_ca= tls_cert= tls_key=
 for argument in "$@"; do
   case $argument in
     --server=* | --out=* | --loads=* | --steps=* | --seconds=* | --soak_seconds=* | \
-      --sequences=* | --tokens=* | --p99_ms=*)
+      --sequences=* | --tokens=* | --p99_ms=* | --tls_ca=* | --tls_cert=* | --tls_key=*)
       name=${argument%%=*}
       printf -v "${name#--}" %s "${argument#*=}" ;;
     *) sed -n '2,/^set/p' "${BASH_SOURCE[0]}" | sed '$d; s/^# \{0,1\}//' >&2; exit 2 ;;
@@ -36,6 +38,19 @@ done
 ghz=$(realpath "$(command -v "$ghz")")
 ckv=$(realpath "$(command -v "$ckv")")
 
+ghz_tls=(--insecure)
+ckv_tls=()
+if [ -n "$tls_ca" ]; then
+  tls_ca=$(realpath "$tls_ca")
+  ghz_tls=(--cacert="$tls_ca")
+  ckv_tls=(--tls_ca="$tls_ca")
+fi
+if [ -n "$tls_cert" ]; then
+  tls_cert=$(realpath "$tls_cert") tls_key=$(realpath "$tls_key")
+  ghz_tls+=(--cert="$tls_cert" --key="$tls_key")
+  ckv_tls+=(--tls_cert="$tls_cert" --tls_key="$tls_key")
+fi
+
 mkdir -p "$out"
 cd "$out"
 rm -f ./*.run.json
@@ -44,7 +59,7 @@ PUT_TOKENS=256 PUT_KV_HEADS=2 PUT_HEAD_DIM=64
 call() {  # load phase ghz's-arguments…: one run, its result in LOAD.PHASE.run.json
   local load=$1 phase=$2
   shift 2
-  "$ghz" --config="$here/ghz/$load.json" "$@" --name="$load $phase" -O json \
+  "$ghz" --config="$here/ghz/$load.json" "${ghz_tls[@]}" "$@" --name="$load $phase" -O json \
     -o "$load.$phase.run.json" "$server"
 }
 
@@ -57,10 +72,12 @@ put_steady() {  # load phase rps seconds
   local total=$(($3 * $4))
   [ $total -le 2000 ] || total=2000  # of 128 KiB each
   python3 "$here/messages.py" put . "put-$$-$2" $PUT_TOKENS $PUT_KV_HEADS $PUT_HEAD_DIM
-  "$ghz" --insecure --call=clusterkv.v1.CacheService/OpenSequence -D open.json -c 8 \
+  "$ghz" "${ghz_tls[@]}" \
+    --call=clusterkv.v1.CacheService/OpenSequence -D open.json -c 8 \
     --total=$total -O json -o open.json.result "$server"
   call "$1" "$2" --async --rps="$3" --total=$total
-  "$ghz" --insecure --call=clusterkv.v1.CacheService/ReleaseSequence -D release.json -c 8 \
+  "$ghz" "${ghz_tls[@]}" \
+    --call=clusterkv.v1.CacheService/ReleaseSequence -D release.json -c 8 \
     --total=$total -O json -o release.json.result "$server"
 }
 
@@ -82,14 +99,16 @@ ladder() {  # load
   $run "$load" soak $((last * 7 / 10 + 1)) "$soak_seconds"
 }
 
-"$ckv" seed --server="$server" --prefix=load --sequences="$sequences" --tokens="$tokens" \
+"$ckv" seed --server="$server" "${ckv_tls[@]}" \
+  --prefix=load --sequences="$sequences" --tokens="$tokens" \
   --replace --print_query >query.json
 python3 "$here/messages.py" select . "$sequences" <query.json
 for load in ${loads//,/ }; do
   [ -e "$here/ghz/$load.json" ] || { echo "run.sh: no load named $load" >&2; exit 2; }
   if [ "$load" = select_and_recall ]; then
     # Attachments live for minutes after their last use: made when they are wanted.
-    "$ckv" seed --server="$server" --prefix=load --sequences="$sequences" --tokens="$tokens" \
+    "$ckv" seed --server="$server" "${ckv_tls[@]}" \
+      --prefix=load --sequences="$sequences" --tokens="$tokens" \
       --replace --print_recall="$sequences" >recall.json
   fi
   ladder "$load"

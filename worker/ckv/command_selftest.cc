@@ -25,7 +25,7 @@ class SelftestCommand : public Command {
  public:
   void Register(FlagSet& flags) override {
     server_.Register(flags);
-    admin_.Register(flags, /*required=*/false);
+    admin_.Register(flags, /*required=*/false, &server_);
   }
 
   absl::Status Run() override {

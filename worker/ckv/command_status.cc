@@ -114,7 +114,7 @@ class StatusCommand : public Command {
  public:
   void Register(FlagSet& flags) override {
     server_.Register(flags);
-    admin_.Register(flags, /*required=*/false);
+    admin_.Register(flags, /*required=*/false, &server_);
     flags.String("json", "FILE", &json_, "write what is shown as JSON; - for standard output");
   }
 

@@ -123,7 +123,7 @@ class TopCommand : public Command {
  public:
   void Register(FlagSet& flags) override {
     server_.Register(flags);
-    admin_.Register(flags, /*required=*/true);
+    admin_.Register(flags, /*required=*/true, &server_);
     flags.Duration("interval", &interval_, "between two looks");
   }
 

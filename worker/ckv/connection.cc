@@ -19,23 +19,38 @@ std::unique_ptr<grpc::ClientContext> Context(absl::Duration timeout) {
 
 }  // namespace
 
+void RegisterTls(FlagSet& flags, TlsOptions* tls) {
+  flags.String("tls_ca", "FILE", &tls->ca_file,
+               "who signed the server's certificate, PEM; without it there is no TLS");
+  flags.String("tls_cert", "FILE", &tls->certificate_file, "the certificate to show, PEM");
+  flags.String("tls_key", "FILE", &tls->key_file, "its private key, PEM");
+  flags.String("tls_server_name", "NAME", &tls->server_name,
+               "the name in the server's certificate, where it is not the address's");
+}
+
 void ServerFlags::Register(FlagSet& flags) {
+  RegisterTls(flags, &tls);
   flags.String("server", "HOST:PORT", &server, "the server's data port");
   flags.Duration("connect_timeout", &connect_timeout, "how long to wait for a connection");
 }
 
-void AdminFlags::Register(FlagSet& flags, bool required) {
+void AdminFlags::Register(FlagSet& flags, bool required, const ServerFlags* server) {
+  server_ = server;
+  if (server == nullptr) RegisterTls(flags, &own_tls_);
   if (required) admin = "127.0.0.1:7401";
   flags.String("admin", "HOST:PORT", &admin,
                required ? "the server's admin port" : "the server's admin port, for more figures");
 }
 
 absl::StatusOr<std::shared_ptr<grpc::Channel>> OpenChannel(const std::string& target,
+                                                           const TlsOptions& tls,
                                                            absl::Duration timeout) {
   grpc::ChannelArguments arguments;
   arguments.SetMaxReceiveMessageSize(-1);
   arguments.SetMaxSendMessageSize(-1);
-  auto channel = grpc::CreateCustomChannel(target, grpc::InsecureChannelCredentials(), arguments);
+  auto credentials = MakeCredentials(tls, &arguments);
+  if (!credentials.ok()) return ConnectError(target, credentials.status());
+  auto channel = grpc::CreateCustomChannel(target, *credentials, arguments);
   const auto deadline = std::chrono::system_clock::now() + absl::ToChronoMilliseconds(timeout);
   if (!channel->WaitForConnected(deadline)) {
     return ConnectError(
@@ -45,7 +60,7 @@ absl::StatusOr<std::shared_ptr<grpc::Channel>> OpenChannel(const std::string& ta
 }
 
 absl::StatusOr<std::unique_ptr<Client>> ConnectClient(const ServerFlags& flags, bool session) {
-  auto channel = OpenChannel(flags.server, flags.connect_timeout);
+  auto channel = OpenChannel(flags.server, flags.tls, flags.connect_timeout);
   if (!channel.ok()) return channel.status();
   ClientOptions options;
   options.worker_name = "ckv";
@@ -59,7 +74,7 @@ AdminClient::AdminClient(std::shared_ptr<grpc::Channel> channel)
     : channel_(std::move(channel)), stub_(v1::AdminService::NewStub(channel_)) {}
 
 absl::StatusOr<std::unique_ptr<AdminClient>> AdminClient::Connect(const AdminFlags& flags) {
-  auto channel = OpenChannel(flags.admin, flags.connect_timeout);
+  auto channel = OpenChannel(flags.admin, flags.tls(), flags.connect_timeout);
   if (!channel.ok()) return channel.status();
   return std::unique_ptr<AdminClient>(new AdminClient(*std::move(channel)));
 }

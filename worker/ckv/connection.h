@@ -9,12 +9,17 @@
 #include "absl/time/time.h"
 #include "worker/ckv/flags.h"
 #include "worker/client.h"
+#include "worker/credentials.h"
 
 namespace clusterkv::worker::ckv {
+
+// --tls_ca and the other ones: of the data and the admin port alike.
+void RegisterTls(FlagSet& flags, TlsOptions* tls);
 
 // The flags that every command with a server has.
 struct ServerFlags {
   std::string server = "127.0.0.1:7400";
+  TlsOptions tls;
   absl::Duration connect_timeout = absl::Seconds(5);
   void Register(FlagSet& flags);
 };
@@ -22,11 +27,20 @@ struct ServerFlags {
 struct AdminFlags {
   std::string admin;  // empty: none is asked
   absl::Duration connect_timeout = absl::Seconds(5);
-  void Register(FlagSet& flags, bool required);
+  // `server`: of the same command, whose TLS it shares and which outlives the flags; null: it has
+  // its own.
+  void Register(FlagSet& flags, bool required, const ServerFlags* server = nullptr);
+  const TlsOptions& tls() const { return server_ == nullptr ? own_tls_ : server_->tls; }
+
+ private:
+  const ServerFlags* server_ = nullptr;
+  TlsOptions own_tls_;
 };
 
-// A channel that is connected. Errors: ConnectError when no server answers within the timeout.
+// A channel that is connected. Errors: ConnectError when no server answers within the timeout; as
+// MakeCredentials.
 absl::StatusOr<std::shared_ptr<grpc::Channel>> OpenChannel(const std::string& target,
+                                                           const TlsOptions& tls,
                                                            absl::Duration timeout);
 
 // `session`: keep a liveness session; what the client opens and does not seal then ends with it.

@@ -150,5 +150,18 @@ TEST(ConfigTest, HelpVersionAndCheckAreTaken) {
   EXPECT_TRUE(line.help && line.version && line.check_config);
 }
 
+TEST(ConfigTest, TlsIsWholeOrAbsent) {
+  const auto fault = [](std::vector<std::string> flags) {
+    const auto line = ParseCommandLine(flags);
+    return std::string(ResolveConfig(line.value().message, line->places).status().message());
+  };
+  EXPECT_EQ(fault({"--tls_certificate_file=c", "--tls_key_file=k", "--tls_client_ca_file=a"}), "");
+  EXPECT_THAT(fault({"--tls_certificate_file=c"}), HasSubstr("tls_key_file"));
+  EXPECT_THAT(fault({"--tls_client_ca_file=a"}), HasSubstr("tls_certificate_file"));
+  EXPECT_THAT(
+      fault({"--tls_certificate_file=c", "--tls_key_file=k", "--tls_client_certificate_optional"}),
+      HasSubstr("tls_client_ca_file"));
+}
+
 }  // namespace
 }  // namespace clusterkv::cache_service

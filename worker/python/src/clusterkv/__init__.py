@@ -4,7 +4,7 @@
 ``clusterkv.transformers`` runs Hugging Face models with their KV in the service (native worker).
 """
 
-from clusterkv.client import AdminClient, Client, Session
+from clusterkv.client import AdminClient, Client, Session, tls
 from clusterkv.errors import (AbortedError, AlreadyExistsError, CapacityError, ClusterKVError,
                               DataLossError, DeadlineError, InvalidRequestError, NotFoundError,
                               NotReadyError, StaleHandleError, UnavailableError, UnsupportedError)
@@ -13,4 +13,4 @@ __version__ = "0.1.0"
 __all__ = ["AbortedError", "AdminClient", "AlreadyExistsError", "CapacityError", "Client",
            "ClusterKVError", "DataLossError", "DeadlineError", "InvalidRequestError",
            "NotFoundError", "NotReadyError", "Session", "StaleHandleError", "UnavailableError",
-           "UnsupportedError"]
+           "UnsupportedError", "tls"]
