@@ -1,8 +1,9 @@
 """The presets in float32 PyTorch, written apart from the service: the oracle of its selections, and the
 baselines that are measured beside it.
 
-All functions work on one layer: keys, values [kv_heads, tokens, head_dim] float32, queries [kv_heads,
-group, steps, head_dim] float32 of the last `steps` tokens, which are decoded and stay in the window.
+Everything here is of one KV head of one layer: keys, values [tokens, head_dim] float32 of the prompt, queries
+[steps, group, head_dim] float32 of the decoded tokens, all steps at once. Tensors stay on the device where
+they are.
 """
 
 from __future__ import annotations
@@ -46,7 +47,7 @@ def spherical_kmeans(x: torch.Tensor, clusters: int, preset: Preset,
         start = torch.randperm(n, generator=generator)[:clusters]
     else:
         start = torch.arange(clusters) * (n - 1) // max(1, clusters - 1)
-    centroids, unit = x[start].clone(), F.normalize(x, dim=-1)
+    centroids, unit = x[start.to(x.device)].clone(), F.normalize(x, dim=-1)
     for _ in range(preset.iterations):
         labels = (unit @ F.normalize(centroids, dim=-1).T).argmax(-1)
         sizes = torch.bincount(labels, minlength=clusters)
@@ -77,7 +78,7 @@ class HeadIndex:
         self.preset = preset
         self.sink_keys = keys[:SINKS]
         k, v = keys[SINKS:], values[SINKS:]
-        self.weight = torch.ones(k.shape[1])
+        self.weight = torch.ones(k.shape[1], device=k.device)
         if preset.balanced and query_rms is not None:
             self.weight = (query_rms.clamp(min=1e-6) / k.std(0).clamp(min=1e-6)).sqrt()
         k = k * self.weight
@@ -87,14 +88,15 @@ class HeadIndex:
         clusters = sum(max(1, min(segment, len(k) - begin) // preset.tokens_per_cluster)
                        for begin in range(0, len(k), segment))
         self.sizes = torch.bincount(labels, minlength=clusters)
-        sums = torch.zeros(clusters, k.shape[1]).index_add_(0, labels, k)
+        sums = torch.zeros(clusters, k.shape[1], device=k.device).index_add_(0, labels, k)
         self.centroids = sums / self.sizes.clamp(min=1)[:, None]
         sums = torch.zeros_like(self.centroids).index_add_(0, self.labels, v)
         self.value_means = sums / self.sizes.clamp(min=1)[:, None]
         order = torch.sort(self.labels, stable=True).indices
         begins = self.sizes.cumsum(0) - self.sizes
         self.rank_in_cluster = torch.empty_like(self.labels)
-        self.rank_in_cluster[order] = torch.arange(len(k)) - begins[self.labels[order]]
+        self.rank_in_cluster[order] = (torch.arange(len(k), device=k.device) -
+                                       begins[self.labels[order]])
         if preset.bits:
             self.coded_keys = self.centroids[self.labels] + through_codes(
                 k - self.centroids[self.labels], preset.bits, preset.group_channels)
@@ -112,69 +114,77 @@ class HeadIndex:
             first += count
         return torch.cat(labels)
 
-    def select(self, query: torch.Tensor, budget: int):
-        """query [group, head_dim] -> exact mask [group, tokens] (sinks left out), state output and
-        log-sum-exp [group]."""
+    def select(self, query: torch.Tensor, budget: int, coded_tokens: int | None = None):
+        """query [steps, group, head_dim] -> exact mask [steps, 1 or group, tokens] (sinks left out), state
+        output [steps, group, head_dim] and log-sum-exp [steps, group], or None and None without a state.
+        `coded_tokens`: W, if not the preset's."""
         preset, scale = self.preset, query.shape[-1] ** -0.5
+        wanted = preset.coded_tokens if coded_tokens is None else coded_tokens
         q = query / self.weight
         scores = (q @ self.centroids.T * scale).masked_fill(self.sizes == 0, NONE)
-        ranked = torch.softmax(scores, -1).sum(0, keepdim=True) if preset.shared else scores
+        ranked = torch.softmax(scores, -1).sum(1, keepdim=True) if preset.shared else scores
         room = max(budget - SINKS, 0)
         if preset.coded_tokens:
-            room = max(room, preset.coded_tokens)
+            room = max(room, wanted)
         elif preset.refine:
             room *= preset.refine
         order = ranked.argsort(dim=-1, descending=True, stable=True)
         sizes = self.sizes[order]
         before = sizes.cumsum(-1) - sizes
-        taken = torch.zeros_like(sizes).scatter_(-1, order, torch.minimum((room - before).clamp(min=0), sizes))
-        touched = self.rank_in_cluster < taken[:, self.labels]          # [1 or group, tokens]
+        taken = torch.zeros_like(sizes).scatter_(
+            -1, order, torch.minimum((room - before).clamp(min=0), sizes))
+        touched = self.rank_in_cluster < taken[..., self.labels]      # [steps, 1 or group, tokens]
         if not preset.coded_tokens and not preset.refine:
-            exact = touched.expand(len(q), -1)
-            return exact, None, None
-        sink_logits = query @ self.sink_keys.T * scale
+            return touched, None, None
         logits = (q @ self.coded_keys.T * scale).masked_fill(~touched, NONE)
-        weights = torch.softmax(torch.cat([sink_logits, logits], -1), -1)[:, SINKS:].sum(0)
-        weights = weights.masked_fill(~touched[0], -1)
-        keep = min(max(budget - SINKS, 0), int(touched.sum()))
-        exact = torch.zeros(len(self.labels), dtype=torch.bool)
-        exact[weights.argsort(dim=0, descending=True, stable=True)[:keep]] = True
-        state_logits, state_values = [], []
+        sink_logits = query @ self.sink_keys.T * scale
+        weights = torch.softmax(torch.cat([sink_logits, logits], -1), -1)[..., SINKS:].sum(1)
+        weights.masked_fill_(~touched[:, 0], -1)
+        keep = min(max(budget - SINKS, 0), room)
+        best = weights.argsort(dim=-1, descending=True, stable=True)[:, :keep]
+        exact = torch.zeros_like(touched[:, 0]).scatter_(1, best, True) & touched[:, 0]
+        # The estimated zone: the next clusters by rank that no token was taken of, while they have any.
+        rest = (taken[:, 0] == 0) & (self.sizes > 0)
+        count = int(preset.estimated * len(self.sizes))
+        place = (ranked[:, 0].masked_fill(~rest, -1).argsort(dim=-1, descending=True, stable=True)
+                 .argsort(dim=-1, stable=True))
+        estimated = (rest & (place < count))[:, None]
+        parts = [((scores + self.sizes.clamp(min=1).float().log()).masked_fill(~estimated, -torch.inf),
+                  self.value_means)]
         if preset.coded_tokens:
-            coded = touched[0] & ~exact
-            state_logits.append(logits[:, coded])
-            state_values.append(self.coded_values[coded])
-        rest = (taken[0] == 0) & (self.sizes > 0)
-        count = min(int(preset.estimated * len(self.sizes)), int(rest.sum()))
-        best = ranked[0].masked_fill(~rest, -1).argsort(dim=0, descending=True, stable=True)[:count]
-        state_logits.append(scores[:, best] + self.sizes[best].float().log())
-        state_values.append(self.value_means[best])
-        logits, values = torch.cat(state_logits, -1), torch.cat(state_values)
-        lse = torch.logsumexp(logits, -1) if logits.shape[-1] else torch.full((len(q),), -torch.inf)
-        out = torch.softmax(logits, -1) @ values if logits.shape[-1] else torch.zeros_like(query)
-        return exact.expand(len(q), -1), out, lse
+            coded = touched & ~exact[:, None]
+            parts.append((logits.masked_fill(~coded, -torch.inf), self.coded_values))
+        lse = torch.logsumexp(torch.stack([torch.logsumexp(part, -1) for part, _ in parts]), 0)
+        finite = lse.masked_fill(lse == -torch.inf, 0.0)[..., None]
+        output = sum((part - finite).exp() @ values for part, values in parts)
+        return exact[:, None], output, lse
 
 
-def attend(query: torch.Tensor, keys: torch.Tensor, values: torch.Tensor, mask: torch.Tensor,
-           state: torch.Tensor | None = None, lse: torch.Tensor | None = None) -> torch.Tensor:
-    """query [group, head_dim] over keys, values [tokens, head_dim] where mask [group, tokens], merged
-    with a state."""
-    logits = (query @ keys.T * query.shape[-1] ** -0.5).masked_fill(~mask, -torch.inf)
-    if state is None:
-        return torch.softmax(logits, -1) @ values
-    own = torch.logsumexp(logits, -1)
-    total = torch.logaddexp(own, lse)
-    return ((own - total).exp()[:, None] * (torch.softmax(logits, -1) @ values) +
-            (lse - total).exp()[:, None] * state)
+def attend(query: torch.Tensor, keys: torch.Tensor, values: torch.Tensor,
+           mask: torch.Tensor | None = None, state: torch.Tensor | None = None,
+           lse: torch.Tensor | None = None) -> torch.Tensor:
+    """query [steps, group, head_dim] of the last `steps` of keys, values [tokens, head_dim] -> output like
+    query. Of the first tokens those where mask [steps, 1 or group, first tokens] says so (None: all), of
+    the rest those up to each step; merged with a state."""
+    steps = len(query)
+    logits = query @ keys.T * query.shape[-1] ** -0.5
+    if mask is not None:
+        logits[..., :mask.shape[-1]].masked_fill_(~mask, -torch.inf)
+    later = torch.ones(steps, steps, dtype=torch.bool, device=query.device).triu(1)
+    logits[..., len(keys) - steps:].masked_fill_(later[:, None], -torch.inf)
+    total = torch.logsumexp(logits, -1)
+    if state is not None:
+        total = torch.logaddexp(total, lse)
+    output = (logits - total[..., None]).exp() @ values
+    return output if state is None else output + (lse - total).exp()[..., None] * state
 
 
 def exact_top(query: torch.Tensor, keys: torch.Tensor, budget: int) -> torch.Tensor:
-    """Exact top-B shared per KV head, sinks included: mask [tokens] over the prompt."""
-    weights = torch.softmax(query @ keys.T * query.shape[-1] ** -0.5, -1).sum(0)
-    weights[:SINKS] = torch.inf
-    mask = torch.zeros(len(keys), dtype=torch.bool)
-    mask[weights.topk(min(budget, len(keys))).indices] = True
-    return mask
+    """Exact top-B shared per KV head, sinks included: mask [steps, 1, tokens]."""
+    weights = torch.softmax(query @ keys.T * query.shape[-1] ** -0.5, -1).sum(1)
+    weights[:, :SINKS] = torch.inf
+    best = weights.topk(min(budget, len(keys)), -1).indices
+    return torch.zeros_like(weights, dtype=torch.bool).scatter_(1, best, True)[:, None]
 
 
 class Quest:
@@ -190,16 +200,18 @@ class Quest:
         self.high = torch.nan_to_num(pages, nan=-torch.inf).amax(1)
 
     def select(self, query: torch.Tensor, budget: int) -> torch.Tensor:
-        bound = torch.maximum(query[:, None] * self.low, query[:, None] * self.high).sum(-1)
-        bound[:, 0] = torch.inf  # the sinks' page
-        pages = bound.topk(min(max(1, budget // self.PAGE), bound.shape[1]), -1).indices
-        mask = torch.zeros(bound.shape, dtype=torch.bool).scatter_(1, pages, True)
-        return mask.repeat_interleave(self.PAGE, 1)[:, :self.tokens]
+        """Mask [steps, group, tokens]. The bound sum(max(q low, q high)) is the positive part of q against
+        the highs and the negative part against the lows."""
+        bound = query.clamp(min=0) @ self.high.T + query.clamp(max=0) @ self.low.T
+        bound[..., 0] = torch.inf  # the sinks' page
+        pages = bound.topk(min(max(1, budget // self.PAGE), bound.shape[-1]), -1).indices
+        mask = torch.zeros_like(bound, dtype=torch.bool).scatter_(-1, pages, True)
+        return mask.repeat_interleave(self.PAGE, -1)[..., :self.tokens]
 
 
-def window(tokens: int, budget: int) -> torch.Tensor:
-    """Sinks and the newest tokens of the prompt."""
-    mask = torch.zeros(tokens, dtype=torch.bool)
-    mask[:SINKS] = True
-    mask[max(SINKS, tokens - (budget - SINKS)):] = True
+def window(tokens: int, budget: int, device: torch.device) -> torch.Tensor:
+    """Sinks and the newest tokens of the prompt: mask [1, 1, tokens]."""
+    mask = torch.zeros(1, 1, tokens, dtype=torch.bool, device=device)
+    mask[..., :SINKS] = True
+    mask[..., max(SINKS, tokens - (budget - SINKS)):] = True
     return mask

@@ -158,9 +158,10 @@ class Writer {
 class Decoder {
  public:
   Decoder(Connection& connection, const nb::bytes& handle, const nb::bytes& hot_cache,
-          bool append_to_service) {
+          bool append_to_service, const nb::bytes& select) {
     DecodeOptions options;
     options.hot_cache = Parsed<v1::HotCacheConfig>(hot_cache, "hot_cache");
+    options.select = Parsed<v1::SelectConfig>(select, "select");
     options.append_to_service = append_to_service;
     const auto sequence = Parsed<v1::SequenceHandle>(handle, "handle");
     absl::StatusOr<std::unique_ptr<DecodeSession>> session;
@@ -241,9 +242,9 @@ NB_MODULE(_native, m) {
            nb::arg("keys"), nb::arg("values"), nb::arg("query_rms"))
       .def("finish", &Writer::Finish);
   nb::class_<Decoder>(m, "DecodeSession")
-      .def(nb::init<Connection&, const nb::bytes&, const nb::bytes&, bool>(),
+      .def(nb::init<Connection&, const nb::bytes&, const nb::bytes&, bool, const nb::bytes&>(),
            nb::keep_alive<1, 2>(), nb::arg("connection"), nb::arg("handle"), nb::arg("hot_cache"),
-           nb::arg("append_to_service") = true)
+           nb::arg("append_to_service") = true, nb::arg("select") = nb::bytes("", 0))
       .def("steps", &Decoder::Steps, nb::arg("layer"), nb::arg("keys"), nb::arg("values"),
            nb::arg("queries"), nb::arg("output"))
       .def("last_positions", &Decoder::LastPositions, nb::arg("layer"))
