@@ -58,17 +58,18 @@ absl::StatusCode CodeOf(v1::ErrorReason reason) {
   }
 }
 
-absl::Status Error(v1::ErrorReason reason, std::string_view message, ErrorMetadata metadata) {
-  return ErrorFromParts(CodeOf(reason), reason, message, std::move(metadata));
+absl::Status Error(v1::ErrorReason reason, std::string_view message,
+                   const ErrorMetadata& metadata) {
+  return ErrorFromParts(CodeOf(reason), reason, message, metadata);
 }
 
 absl::Status ErrorFromParts(absl::StatusCode code, v1::ErrorReason reason, std::string_view message,
-                            ErrorMetadata metadata) {
+                            const ErrorMetadata& metadata) {
   absl::Status status(code, absl::string_view(message.data(), message.size()));
   google::rpc::ErrorInfo info;
   info.set_reason(v1::ErrorReason_Name(reason));
   info.set_domain("clusterkv");
-  for (auto& [key, value] : metadata) (*info.mutable_metadata())[key] = value;
+  for (const auto& [key, value] : metadata) (*info.mutable_metadata())[key] = value;
   status.SetPayload(kPayloadUrl, absl::Cord(info.SerializeAsString()));
   return status;
 }

@@ -22,7 +22,8 @@ using ErrorMetadata = std::vector<std::pair<std::string, std::string>>;  // lowe
 absl::StatusCode CodeOf(v1::ErrorReason reason);
 
 // A status of CodeOf(reason). `message` names field, expected and got.
-absl::Status Error(v1::ErrorReason reason, std::string_view message, ErrorMetadata metadata = {});
+absl::Status Error(v1::ErrorReason reason, std::string_view message,
+                   const ErrorMetadata& metadata = {});
 
 // The reason of a status made by Error; for others: a reason by code (InvalidArgument:
 // INVALID_FIELD, Cancelled: CANCELLED_BY_CLIENT, DeadlineExceeded: QUEUE_DEADLINE, otherwise
@@ -32,7 +33,7 @@ ErrorMetadata MetadataOf(const absl::Status& status);
 
 // The inverse for clients: a status as the server's Error made it, from the parts of an ErrorInfo.
 absl::Status ErrorFromParts(absl::StatusCode code, v1::ErrorReason reason, std::string_view message,
-                            ErrorMetadata metadata);
+                            const ErrorMetadata& metadata);
 
 }  // namespace clusterkv
 

@@ -1,8 +1,7 @@
 #!/usr/bin/env bash
 # Installs what is missing, builds, and runs every test that needs no GPU: first the release build
-# (or another preset), then the suite again under AddressSanitizer with the fuzz targets,
-# ThreadSanitizer and clang's thread-safety analysis, clang-tidy, and the compilation of all CUDA
-# code.
+# (or another preset), then the suite again under clang's thread-safety analysis, AddressSanitizer
+# with the fuzz targets and ThreadSanitizer, clang-tidy, and the compilation of all CUDA code.
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 
@@ -59,17 +58,11 @@ run_preset() {  # returns 1 where a step failed, having told so
 
 presets=("$preset")
 if [ -z "$quick" ]; then
-  for other in asan tsan thread-safety; do
+  for other in thread-safety asan tsan; do
     [ "$other" = "$preset" ] || presets+=("$other")
   done
 fi
 failed=()
-# Reads the compile commands that the thread-safety preset, clang's own, was configured with.
-run_clang_tidy() {
-  find proto kernels cache_service worker -name '*.cc' -print0 | sort -z |
-    xargs -0 -n 1 -P "$jobs" clang-tidy --quiet -p build/thread-safety
-}
-
 # Compiles and links; what needs a GPU is run by tests/gpu/run.sh.
 run_cuda() {
   local nvcc
@@ -81,9 +74,12 @@ for name in "${presets[@]}"; do
   run_preset "$name" || failed+=("$name")
 done
 if [ -z "$quick" ]; then
-  try_step "clang-tidy" run_clang_tidy || failed+=(clang-tidy)
+  # With the compile commands of clang's own preset.
+  try_step "clang-tidy" tests/style/tidy.py --build=build/thread-safety --jobs="$jobs" ||
+    failed+=(clang-tidy)
   try_step "cuda: build" run_cuda || failed+=(cuda)
 fi
+steps_table
 if [ ${#failed[@]} -gt 0 ]; then
   echo "FAILED: ${failed[*]} (of ${presets[*]}), after $(steps_time $SECONDS)" >&2
   exit 1

@@ -7,6 +7,7 @@
 
 if [ -t 1 ]; then STEPS_TTY=1; else STEPS_TTY=; fi
 STEPS_COUNT=0
+STEPS_TIMES=()  # "m:ss title" of every step that ended
 STEPS_PID=
 
 steps_stop() {  # ends what the running step started
@@ -60,6 +61,7 @@ try_step() {
   steps_wait "$STEPS_PID" "$title" "$log" || status=$?
   STEPS_PID=
   STEPS_LOG=$log
+  STEPS_TIMES+=("$(printf '%6s  %s' "$(steps_time $((SECONDS - begin)))" "$title")")
   if [ $status -eq 0 ]; then
     printf '%s %s (%s)\n' "$([ -n "$STEPS_TTY" ] && printf ' \342\234\223' || printf '    done:')" \
       "$title" "$(steps_time $((SECONDS - begin)))"
@@ -68,6 +70,10 @@ try_step() {
   printf '\nFAILED: %s (exit %d). The end of %s:\n' "$title" $status "$log" >&2
   tail -n "${STEPS_TAIL:-40}" "$log" | sed 's/^/    /' >&2
   return $status
+}
+
+steps_table() {  # what each step so far took
+  printf '%s\n' "${STEPS_TIMES[@]}"
 }
 
 # step TITLE COMMAND…: as try_step, and ends the script where the command fails.

@@ -337,8 +337,9 @@ class ShardSessionTest : public ::testing::Test {
  protected:
   static ShardOptions Options() {
     ShardOptions options = TestOptions();
-    options.session_ttl = absl::Milliseconds(300);
-    options.attachment_ttl = absl::Milliseconds(300);
+    // Long enough that a busy machine does not miss a beat.
+    options.session_ttl = absl::Milliseconds(1500);
+    options.attachment_ttl = absl::Milliseconds(1500);
     return options;
   }
   uint64_t Open(uint64_t resume_id = 0, bool* resumed = nullptr) {
@@ -366,7 +367,7 @@ TEST_F(ShardSessionTest, SilentSessionsExpireAndTakeTheirFillingSequencesAlong) 
   attach.set_session_id(session);
   const uint64_t attachment = shard_->Attach(attach).value().attachment_id();
   for (int beat = 0; beat < 10; ++beat) {
-    absl::SleepFor(absl::Milliseconds(60));
+    absl::SleepFor(absl::Milliseconds(300));
     ASSERT_TRUE(shard_->Heartbeat(session).ok());
   }
   EXPECT_TRUE(Lives("filling")) << "twice the ttl, but it beats";
@@ -450,7 +451,7 @@ TEST_F(ShardSessionTest, UnusedAttachmentsWithoutSessionExpire) {
 
 TEST_F(ShardSessionTest, SequencesLiveByTheirTtlWithoutOwner) {
   v1::OpenSequenceRequest request = OpenRequest("mortal", Kv(), kPrompt);
-  request.set_ttl_ms(100);
+  request.set_ttl_ms(1000);
   shard_.Ready(request, Kv());
   request.set_name("immortal");
   request.set_ttl_ms(0);

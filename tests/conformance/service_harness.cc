@@ -65,6 +65,9 @@ v1::OpenSequenceRequest TestSequence::OpenRequest() const {
   request.set_max_decode_tokens(max_decode_tokens);
   request.mutable_select()->set_budget_tokens(64);
   request.mutable_select()->set_coded_tokens(128);
+  if (tokens_per_cluster != 0) {
+    request.mutable_index()->set_tokens_per_cluster(tokens_per_cluster);
+  }
   return request;
 }
 

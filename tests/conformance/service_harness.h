@@ -32,6 +32,7 @@ struct TestSequence {
   uint32_t max_decode_tokens = 64;
   v1::ElementType element_type = v1::ELEMENT_TYPE_FLOAT32;
   uint64_t seed = 1;
+  uint32_t tokens_per_cluster = 0;  // 0: the preset's
 
   v1::OpenSequenceRequest OpenRequest() const;
   // Tokens [first, first + count) of `layer`, keys or values: [count, kv_heads, head_dim].

@@ -709,15 +709,16 @@ TEST_P(ServiceTest, CancelledCallsLeaveNothingBehind) {
 
 TEST_P(ServiceTest, AReaderThatStopsIsCutAtTheDefaultDeadline) {
   ServiceHarness slow(GetParam(), [](Config* config) {
-    config->default_deadline = absl::Milliseconds(300);
+    config->default_deadline = absl::Seconds(2);
     config->shard.arena_bytes = 256 << 20;
   });
   TestSequence sequence;
-  sequence.tokens = 40'000;  // more records than flow control lets go
+  sequence.tokens = 20'000;  // more records than flow control lets go
   sequence.layers = 1;
   sequence.kv_heads = 1;
   sequence.query_heads = 1;
   sequence.head_dim = 128;
+  sequence.tokens_per_cluster = 1024;  // soon clustered, under a sanitizer too
   slow.MakeReady(sequence);
   v1::RecallClustersRequest request;
   request.mutable_sequence()->set_name(sequence.name);
@@ -729,7 +730,7 @@ TEST_P(ServiceTest, AReaderThatStopsIsCutAtTheDefaultDeadline) {
   const auto reader = slow.cache().RecallClusters(&context, request);
   v1::RecordChunk chunk;
   ASSERT_TRUE(reader->Read(&chunk));
-  absl::SleepFor(absl::Milliseconds(400));
+  absl::SleepFor(absl::Milliseconds(2100));
   const absl::Time limit = absl::Now() + absl::Seconds(10);
   v1::Stats stats;
   do {

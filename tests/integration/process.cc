@@ -10,6 +10,7 @@
 #include <unistd.h>
 
 #include <cerrno>
+#include <random>
 #include <utility>
 
 #include "kernels/base/check.h"
@@ -88,15 +89,20 @@ int Process::Wait() {
 }
 
 int FreePort() {
-  const int listener = socket(AF_INET, SOCK_STREAM | SOCK_CLOEXEC, 0);
-  sockaddr_in address = {};
-  address.sin_family = AF_INET;
-  address.sin_addr.s_addr = htonl(INADDR_LOOPBACK);
-  CKV_CHECK(bind(listener, reinterpret_cast<sockaddr*>(&address), sizeof(address)) == 0);
-  socklen_t size = sizeof(address);
-  getsockname(listener, reinterpret_cast<sockaddr*>(&address), &size);
-  close(listener);
-  return ntohs(address.sin_port);
+  // Below the ports that the kernel gives to connections: one of those could take the port while
+  // nobody listens on it.
+  static std::mt19937 random{std::random_device()()};
+  while (true) {
+    const auto port = static_cast<uint16_t>(20'000 + random() % 12'000);
+    const int listener = socket(AF_INET, SOCK_STREAM | SOCK_CLOEXEC, 0);
+    sockaddr_in address = {};
+    address.sin_family = AF_INET;
+    address.sin_addr.s_addr = htonl(INADDR_LOOPBACK);
+    address.sin_port = htons(port);
+    const int bound = bind(listener, reinterpret_cast<sockaddr*>(&address), sizeof(address));
+    close(listener);
+    if (bound == 0) return port;
+  }
 }
 
 }  // namespace clusterkv::integration

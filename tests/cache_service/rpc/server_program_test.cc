@@ -154,7 +154,7 @@ TEST(ServerProgramTest, HelpAndVersionArePrinted) {
 }
 
 TEST(ServerProgramTest, DrainingLetsCallsInFlightEnd) {
-  Program program(Flags({"--drain_delay_ms=300"}));
+  Program program(Flags({"--drain_delay_ms=3000"}));
   program.AwaitServing();
   const auto stub = program.Stub();
   ASSERT_TRUE(Answers(*stub));

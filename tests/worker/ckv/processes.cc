@@ -15,6 +15,7 @@
 #include <fstream>
 #include <iostream>
 #include <iterator>
+#include <random>
 #include <thread>
 
 namespace clusterkv::worker::ckv {
@@ -90,13 +91,17 @@ ProgramResult RunProgram(const std::vector<std::string>& command,
 }
 
 int FreePort() {
-  const int fd = socket(AF_INET, SOCK_STREAM | SOCK_CLOEXEC, 0);
-  sockaddr_in address = Loopback(0);
-  socklen_t size = sizeof(address);
-  bind(fd, reinterpret_cast<const sockaddr*>(&address), size);
-  getsockname(fd, reinterpret_cast<sockaddr*>(&address), &size);
-  close(fd);
-  return ntohs(address.sin_port);
+  // Below the ports that the kernel gives to connections: one of those could take the port before
+  // the server does.
+  static std::mt19937 random{std::random_device()()};
+  while (true) {
+    const int port = 20'000 + static_cast<int>(random() % 12'000);
+    const int fd = socket(AF_INET, SOCK_STREAM | SOCK_CLOEXEC, 0);
+    const sockaddr_in address = Loopback(port);
+    const int bound = bind(fd, reinterpret_cast<const sockaddr*>(&address), sizeof(address));
+    close(fd);
+    if (bound == 0) return port;
+  }
 }
 
 std::unique_ptr<ServerProcess> ServerProcess::Start(const std::string& program,
