@@ -71,7 +71,7 @@ std::vector<std::byte> Rows(const SelectCase& c, int64_t tokens, float noise) {
 // An arena whose pages are handed out in a scattered order.
 class Pages {
  public:
-  Pages(int64_t page_bytes, int64_t pages) : page_bytes_(page_bytes), arena_(page_bytes * pages) {
+  Pages(int64_t page_bytes, int64_t pages) : arena_(page_bytes * pages) {
     for (int64_t i = 0; i < pages; ++i) free_.push_back(static_cast<uint32_t>(i));
     std::shuffle(free_.begin(), free_.end(), generator);
   }
@@ -84,7 +84,6 @@ class Pages {
   const std::vector<std::byte>& bytes() const { return arena_; }
 
  private:
-  int64_t page_bytes_;
   std::vector<std::byte> arena_;
   std::vector<uint32_t> free_;
 };
