@@ -69,6 +69,31 @@ int64_t TokensOfClusters(const LayerSnapshot& layer, int64_t head,
   return tokens;
 }
 
+int64_t RemainderBytes(const SequenceParams& params) {
+  return params.codec->RemainderBytes(params.shape.element_type, params.shape.head_dim);
+}
+
+float LogitScale(const kernels::KvShape& shape) {
+  return 1.0f / std::sqrt(static_cast<float>(shape.head_dim));
+}
+
+// Those of the KV head's group.
+absl::Span<const float> QueriesOf(const SelectCall& call, const kernels::KvShape& shape,
+                                  int64_t head) {
+  const int64_t numbers = shape.group() * shape.head_dim;
+  return absl::MakeConstSpan(call.queries)
+      .subspan(static_cast<size_t>(head * numbers), static_cast<size_t>(numbers));
+}
+
+// What a kernel that was given a checked call answers.
+absl::Status KernelStatus(const absl::Status& status) {
+  if (absl::IsInvalidArgument(status)) {  // finite queries, but their logits are not
+    return Error(v1::NON_FINITE_QUERY, std::string(status.message()), {{"field", "queries"}});
+  }
+  if (!status.ok()) return Error(v1::INTERNAL_ERROR, std::string(status.message()));
+  return absl::OkStatus();
+}
+
 }  // namespace
 
 struct Selector::Item {
@@ -239,6 +264,9 @@ void Selector::Run(const std::shared_ptr<Batch>& batch, const std::vector<Item*>
     const int64_t kv_heads = item->sequence->params().shape.kv_heads;
     item->answer->heads.resize(static_cast<size_t>(kv_heads));
     item->answer->estimated_tokens.resize(static_cast<size_t>(kv_heads));
+    if (RemainderBytes(item->sequence->params()) > 0) {
+      item->answer->corrections.resize(static_cast<size_t>(kv_heads));
+    }
     item->head_status.resize(static_cast<size_t>(kv_heads));
     item->heads_left.store(kv_heads);
     for (int64_t head = 0; head < kv_heads; ++head) heads->emplace_back(item, head);
@@ -297,30 +325,46 @@ absl::Status Selector::SelectHead(Item& item, int64_t head) {
   if (layer.parts.empty()) {  // all of the prompt is sinks: nothing to choose from
     selection.state_output.assign(static_cast<size_t>(group * head_dim), 0);
     selection.state_lse.assign(static_cast<size_t>(group), -std::numeric_limits<float>::infinity());
-    return absl::OkStatus();
+    return CorrectHead(item, head);
   }
   const SinkKeys sinks(layer, params.shape, head);
   kernels::SelectInput input;
   input.shape = params.shape;
   input.codes = params.index.codes;
   input.kv_head = head;
-  input.scale = 1.0f / std::sqrt(static_cast<float>(head_dim));
-  input.queries = absl::MakeConstSpan(item.call.queries)
-                      .subspan(static_cast<size_t>(head * group * head_dim),
-                               static_cast<size_t>(group * head_dim));
+  input.scale = LogitScale(params.shape);
+  input.queries = QueriesOf(item.call, params.shape, head);
   input.parts = layer.views;
   input.sink_keys = sinks.keys();
   input.sink_key_stride_bytes = sinks.stride_bytes();
   input.sink_tokens = layer.sink_tokens;
   Executors::Scratch scratch(&executors_);
-  const absl::Status status = kernels::Select(item.select, input, *scratch, &selection);
-  if (absl::IsInvalidArgument(status)) {  // finite, but their logits are not
-    return Error(v1::NON_FINITE_QUERY, std::string(status.message()), {{"field", "queries"}});
-  }
-  if (!status.ok()) return Error(v1::INTERNAL_ERROR, std::string(status.message()));
+  CKV_RETURN_IF_ERROR(KernelStatus(kernels::Select(item.select, input, *scratch, &selection)));
   item.answer->estimated_tokens[static_cast<size_t>(head)] =
       TokensOfClusters(layer, head, selection.estimated_clusters);
-  return absl::OkStatus();
+  return CorrectHead(item, head);
+}
+
+absl::Status Selector::CorrectHead(Item& item, int64_t head) {
+  if (item.answer->corrections.empty()) return absl::OkStatus();
+  const SequenceParams& params = item.sequence->params();
+  const HeadSelection& selection = item.answer->heads[static_cast<size_t>(head)];
+  std::vector<const std::byte*> records, remainders;
+  records.reserve(selection.positions.size());
+  remainders.reserve(selection.positions.size());
+  for (size_t i = 0; i < selection.positions.size(); ++i) {
+    const kernels::IndexPartView& part =
+        item.snapshot->views[static_cast<size_t>(selection.parts[i])];
+    const int64_t index = head * part.tokens + selection.slots[i];
+    records.push_back(part.records.At(index));
+    remainders.push_back(part.remainders.At(index));
+  }
+  const kernels::AttentionParams attention = {params.shape.group(), params.shape.head_dim,
+                                              params.shape.element_type, LogitScale(params.shape)};
+  return KernelStatus(
+      kernels::ComputeCorrection(attention, QueriesOf(item.call, params.shape, head),
+                                 {params.codec, records, remainders, selection.head_masks},
+                                 &item.answer->corrections[static_cast<size_t>(head)]));
 }
 
 absl::Status Selector::Recall(Item& item) {
@@ -357,9 +401,10 @@ void Selector::Finish(const std::shared_ptr<Batch>& batch, Item& item, absl::Sta
   if (status.ok()) {
     const kernels::KvShape& shape = item.sequence->params().shape;
     counters_.selects.fetch_add(1);
-    // As FLOAT16 with a FLOAT32 log-sum-exp, which is how states travel.
-    counters_.state_bytes.fetch_add(
-        static_cast<uint64_t>(shape.query_heads * (2 * shape.head_dim + 4)));
+    // As FLOAT16 with a FLOAT32 log-sum-exp, which is how states travel, and a code and scale.
+    int64_t head_bytes = 2 * shape.head_dim + 4;
+    if (!answer.corrections.empty()) head_bytes += shape.head_dim + 4;
+    counters_.state_bytes.fetch_add(static_cast<uint64_t>(shape.query_heads * head_bytes));
     counters_.hits.fetch_add(static_cast<uint64_t>(answer.hits));
     counters_.misses.fetch_add(static_cast<uint64_t>(answer.misses));
     counters_.recalled_tokens.fetch_add(static_cast<uint64_t>(answer.misses));

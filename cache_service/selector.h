@@ -54,6 +54,8 @@ class Selector {
   void Run(const std::shared_ptr<Batch>& batch, const std::vector<Item*>& items, bool inline_ok);
   void RunHead(const std::shared_ptr<Batch>& batch, Item& item, int64_t head);
   absl::Status SelectHead(Item& item, int64_t head);
+  // What the records of the head's exact zone lack. The selection is there.
+  absl::Status CorrectHead(Item& item, int64_t head);
   absl::Status Recall(Item& item);
   void Finish(const std::shared_ptr<Batch>& batch, Item& item, absl::Status status);
   // One of the batch's items is done, or all are queued: the last one answers.

@@ -300,7 +300,7 @@ absl::Status Sequence::CompareRecords(int64_t layer, const IndexPart& part,
     }
   }
   // Equal records say equal bytes only if the codec keeps them all.
-  if (params_.codec->name() == "raw") return absl::OkStatus();
+  if (params_.codec->lossless()) return absl::OkStatus();
   return Conflict(layer, rows.span.begin,
                   "put before and clustered; under this codec other ranges than those that were "
                   "put cannot be compared");

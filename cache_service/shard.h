@@ -33,6 +33,7 @@
 #include "clusterkv/v1/admin_service.pb.h"
 #include "clusterkv/v1/cache_service.pb.h"
 #include "clusterkv/v1/session_service.pb.h"
+#include "kernels/attention/correction.h"
 #include "kernels/hot_cache/hot_cache.h"
 #include "kernels/index/index.h"
 #include "kernels/select/select.h"
@@ -88,6 +89,8 @@ struct SelectAnswer {
   int64_t window_begin = 0;
   std::vector<kernels::HeadSelection> heads;  // [kv_heads]
   std::vector<int64_t> estimated_tokens;      // [kv_heads]
+  // [kv_heads], of the exact zones; empty: the codec has no remainders.
+  std::vector<kernels::Correction> corrections;
   bool cluster_granular = false;  // the attachment's cache is by cluster: name the clusters
   int64_t record_bytes = 0;
   std::vector<HeadRecall> recalls;  // [kv_heads]; empty unless recall was asked for

@@ -11,6 +11,7 @@
 #include "absl/strings/str_cat.h"
 #include "absl/time/clock.h"
 #include "kernels/attention/attention.h"
+#include "kernels/attention/correction.h"
 #include "kernels/base/status_macros.h"
 #include "kernels/codec/record_codec.h"
 #include "proto/error.h"
@@ -52,7 +53,7 @@ struct Layer {
   LayerCache cache;
   uint64_t step = 0;
   bool reset = false;  // the next request resets the residency
-  RunningDigest selection, state, recalled;
+  RunningDigest selection, state, correction, recalled;
 
   // The mirror is not known to be right any more.
   void Distrust() {
@@ -83,6 +84,7 @@ struct DecodeSession::Impl {
   absl::Status Exchange(Layer* layer, int64_t index, StepFigures* figures);
   absl::Status TakeSelection(Layer* layer, int64_t index, const v1::SelectResult& result);
   absl::Status TakeState(const v1::AttentionState& state);
+  absl::Status TakeCorrection(const v1::ValueCorrection& answered);
   absl::Status Attend(const Layer& layer, absl::Span<const std::byte> queries,
                       absl::Span<float> output);
   void UpdateDigests(Layer* layer) const;
@@ -99,10 +101,14 @@ struct DecodeSession::Impl {
   // Of the step under way; kept for their memory.
   v1::SelectAndRecallRequest request;
   v1::SelectAndRecallResponse response;
-  v1::AttentionState state;         // as received
-  std::vector<float> state_output;  // [query_heads, head_dim], or empty
-  std::vector<float> state_lse;     // [query_heads], or empty
+  v1::AttentionState state;                  // as received
+  std::vector<float> state_output;           // [query_heads, head_dim], or empty
+  std::vector<float> state_lse;              // [query_heads], or empty
+  v1::ValueCorrection correction;            // as received
+  std::vector<int8_t> correction_codes;      // [query_heads, head_dim], or empty
+  std::vector<float> correction_log_scales;  // [query_heads], or empty
   std::vector<float> query_floats;
+  std::vector<float> output_lse;  // [group]
   uint64_t request_id = 0;
   // The service refused the step and said so in a whole exchange: residency, mirror and stream are
   // as before it.
@@ -193,7 +199,7 @@ absl::Status DecodeSession::Impl::MakeLayers() {
     CKV_ASSIGN_OR_RETURN(LayerCache cache, LayerCache::Create(kv_heads, params, codec,
                                                               codec->RecordBytes(type, head_dim)));
     layers.push_back({SteadyRows(kv_heads, row_bytes, sinks, info.tokens(), info.window_begin()),
-                      std::move(cache), 0, false, RunningDigest(), RunningDigest(),
+                      std::move(cache), 0, false, RunningDigest(), RunningDigest(), RunningDigest(),
                       RunningDigest()});
   }
   return absl::OkStatus();
@@ -299,7 +305,8 @@ absl::Status DecodeSession::Impl::TakeSelection(Layer* layer, int64_t index,
   CKV_RETURN_IF_ERROR(layer->steady.MoveWindow(result.window_begin()));
   CKV_RETURN_IF_ERROR(
       layer->cache.Begin(result, layer->steady.sinks(), layer->steady.window_begin()));
-  return TakeState(result.state());
+  CKV_RETURN_IF_ERROR(TakeState(result.state()));
+  return TakeCorrection(result.correction());
 }
 
 absl::Status DecodeSession::Impl::TakeState(const v1::AttentionState& answered) {
@@ -328,6 +335,34 @@ absl::Status DecodeSession::Impl::TakeState(const v1::AttentionState& answered) 
   if (!std::all_of(state_output.begin(), state_output.end(), finite) ||
       !std::all_of(state_lse.begin(), state_lse.end(), below_infinity)) {
     return Error(v1::INTERNAL_ERROR, "state: not finite");
+  }
+  return absl::OkStatus();
+}
+
+// What follows from the codec alone: without remainders there is none.
+absl::Status DecodeSession::Impl::TakeCorrection(const v1::ValueCorrection& answered) {
+  correction = answered;
+  const bool expected = codec->RemainderBytes(type, head_dim) > 0;
+  const size_t codes = expected ? query_heads * head_dim : 0;
+  const size_t scales = expected ? query_heads : 0;
+  if (correction.codes().size() != codes ||
+      correction.log_scale().size() != scales * sizeof(float)) {
+    return Error(
+        v1::INTERNAL_ERROR,
+        absl::StrCat("correction: expected ", codes, " codes and ", scales, " scales, got ",
+                     correction.codes().size(), " and ", correction.log_scale().size(), " bytes"));
+  }
+  const auto* bytes = reinterpret_cast<const int8_t*>(correction.codes().data());
+  correction_codes.assign(bytes, bytes + codes);
+  correction_log_scales.resize(scales);
+  kernels::ToFloat(reinterpret_cast<const std::byte*>(correction.log_scale().data()),
+                   ElementType::kFloat32, static_cast<int64_t>(scales),
+                   correction_log_scales.data());
+  const auto below_infinity = [](float number) {
+    return number < std::numeric_limits<float>::infinity();  // false for NaN
+  };
+  if (!std::all_of(correction_log_scales.begin(), correction_log_scales.end(), below_infinity)) {
+    return Error(v1::INTERNAL_ERROR, "correction: not finite");
   }
   return absl::OkStatus();
 }
@@ -376,6 +411,7 @@ absl::Status DecodeSession::Impl::Attend(const Layer& layer, absl::Span<const st
   query_floats.resize(query_heads * head_dim);
   kernels::ToFloat(queries.data(), type, query_heads * head_dim, query_floats.data());
   const int64_t group = query_heads / kv_heads;
+  output_lse.resize(group);
   const kernels::AttentionParams params = {group, head_dim, type,
                                            1.0f / std::sqrt(static_cast<float>(head_dim))};
   for (int64_t h = 0; h < kv_heads; ++h) {
@@ -388,10 +424,15 @@ absl::Status DecodeSession::Impl::Attend(const Layer& layer, absl::Span<const st
     const absl::Status status = kernels::SparseAttention(
         params, absl::MakeConstSpan(query_floats).subspan(first, group * head_dim),
         layer.steady.Runs(h), layer.cache.Run(h), head_state,
-        output.subspan(first, group * head_dim), {});
+        output.subspan(first, group * head_dim), absl::MakeSpan(output_lse));
     if (!status.ok()) {
       return Error(v1::INTERNAL_ERROR, absl::StrCat("attention: ", status.message()));
     }
+    if (correction_log_scales.empty()) continue;
+    kernels::AddCorrection(group, head_dim,
+                           absl::MakeConstSpan(correction_codes).subspan(first, group * head_dim),
+                           absl::MakeConstSpan(correction_log_scales).subspan(h * group, group),
+                           output_lse, output.subspan(first, group * head_dim));
   }
   return absl::OkStatus();
 }
@@ -407,6 +448,8 @@ void DecodeSession::Impl::UpdateDigests(Layer* layer) const {
   }
   layer->state.Add(state.output().data(), state.output().size());
   layer->state.Add(state.log_sum_exp().data(), state.log_sum_exp().size());
+  layer->correction.Add(correction.codes().data(), correction.codes().size());
+  layer->correction.Add(correction.log_scale().data(), correction.log_scale().size());
   const size_t record_bytes = static_cast<size_t>(codec->RecordBytes(type, head_dim));
   layer->cache.ForEachMiss(
       [&](const std::byte* record) { layer->recalled.Add(record, record_bytes); });
@@ -423,7 +466,10 @@ absl::Status DecodeSession::Impl::TryStep(int64_t index, absl::Span<const std::b
   figures->exact_tokens = layer.cache.exact_tokens();
   figures->recalled_tokens = layer.cache.misses();
   figures->recalled_bytes = layer.cache.misses() * codec->RecordBytes(type, head_dim);
-  figures->state_bytes = static_cast<int64_t>(state.output().size() + state.log_sum_exp().size());
+  figures->correction_bytes =
+      static_cast<int64_t>(correction.codes().size() + correction.log_scale().size());
+  figures->state_bytes = static_cast<int64_t>(state.output().size() + state.log_sum_exp().size()) +
+                         figures->correction_bytes;
   figures->hits = layer.cache.hits();
   if (options.digests) UpdateDigests(&layer);
   return absl::OkStatus();
@@ -509,7 +555,7 @@ int64_t DecodeSession::window_begin(int64_t layer) const {
 
 LayerDigests DecodeSession::digests(int64_t layer) const {
   const Layer& of = impl_->layers[layer];
-  return {of.selection.Finish(), of.state.Finish(), of.recalled.Finish()};
+  return {of.selection.Finish(), of.state.Finish(), of.correction.Finish(), of.recalled.Finish()};
 }
 
 int64_t DecodeSession::held_bytes() const {

@@ -34,14 +34,15 @@ struct StepFigures {
   int64_t exact_tokens = 0;     // named by the selection, sinks and window left out
   int64_t recalled_tokens = 0;  // records received
   int64_t recalled_bytes = 0;
-  int64_t state_bytes = 0;  // output and log-sum-exp as received
+  int64_t state_bytes = 0;       // all that was answered for tokens: states and corrections
+  int64_t correction_bytes = 0;  // of these, corrections
   int64_t hits = 0;
   double select_us = 0;  // request sent until the selection was here
   double recall_us = 0;  // from then until the last record was here
 };
 
 struct LayerDigests {
-  uint64_t selection = 0, state = 0, recalled = 0;  // running XXH3 over all steps
+  uint64_t selection = 0, state = 0, correction = 0, recalled = 0;  // running XXH3 over all steps
 };
 
 class DecodeSession {

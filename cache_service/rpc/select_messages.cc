@@ -54,6 +54,16 @@ void EncodeState(const SelectAnswer& answer, ElementType type, v1::AttentionStat
   }
 }
 
+void EncodeCorrection(const SelectAnswer& answer, v1::ValueCorrection* correction) {
+  std::string piece;
+  for (const kernels::Correction& head : answer.corrections) {
+    correction->mutable_codes()->append(reinterpret_cast<const char*>(head.codes.data()),
+                                        head.codes.size());
+    PackNumbers(head.log_scales, ElementType::kFloat32, &piece);
+    correction->mutable_log_scale()->append(piece);
+  }
+}
+
 void EncodeHead(const kernels::HeadSelection& head, int64_t estimated_tokens, bool want_clusters,
                 bool want_zones, v1::HeadSelection* out) {
   CopyNumbers(head.positions, out->mutable_exact_positions());
@@ -77,7 +87,10 @@ void EncodeResult(const SelectAnswer& answer, const SelectEncoding& encoding,
     EncodeHead(answer.heads[h], answer.estimated_tokens[h], want_clusters, encoding.want_zones,
                result->add_heads());
   }
-  if (encoding.want_state) EncodeState(answer, encoding.state_type, result->mutable_state());
+  if (encoding.want_state) {
+    EncodeState(answer, encoding.state_type, result->mutable_state());
+    if (!answer.corrections.empty()) EncodeCorrection(answer, result->mutable_correction());
+  }
   result->set_selection_digest(SelectionDigest(answer.heads));
 }
 
@@ -165,8 +178,9 @@ void EncodeSelection(const RpcContext& rpc, Method method, const ParsedSelect& p
       continue;
     }
     EncodeResult(*item, parsed.encoding, result);
-    state_bytes += static_cast<int64_t>(result->state().output().size() +
-                                        result->state().log_sum_exp().size());
+    state_bytes += static_cast<int64_t>(
+        result->state().output().size() + result->state().log_sum_exp().size() +
+        result->correction().codes().size() + result->correction().log_scale().size());
   }
   if (state_bytes > 0) rpc.metrics->AddStateBytes(state_bytes);
   response->set_queue_us(static_cast<uint32_t>(absl::ToInt64Microseconds(answer.queued)));

@@ -29,12 +29,7 @@ absl::Status ValidateRecords(const RecordRun& records) {
   return absl::OkStatus();
 }
 
-}  // namespace
-
-absl::Status ValidateSparseAttention(const AttentionParams& params, absl::Span<const float> queries,
-                                     absl::Span<const RawRun> raw, const RecordRun& records,
-                                     const AttentionState& state, absl::Span<const float> output,
-                                     absl::Span<const float> lse) {
+absl::Status ValidateParams(const AttentionParams& params, absl::Span<const float> queries) {
   if (params.group < 1 || params.group > kMaxAttentionGroup) {
     return absl::InvalidArgumentError(
         absl::StrCat("group: expected 1 to ", kMaxAttentionGroup, ", got ", params.group));
@@ -44,8 +39,17 @@ absl::Status ValidateSparseAttention(const AttentionParams& params, absl::Span<c
                                                    kMaxAttentionHeadDim, ", got ",
                                                    params.head_dim));
   }
+  return ExpectSize("queries", params.group * params.head_dim, queries.size());
+}
+
+}  // namespace
+
+absl::Status ValidateSparseAttention(const AttentionParams& params, absl::Span<const float> queries,
+                                     absl::Span<const RawRun> raw, const RecordRun& records,
+                                     const AttentionState& state, absl::Span<const float> output,
+                                     absl::Span<const float> lse) {
+  CKV_RETURN_IF_ERROR(ValidateParams(params, queries));
   const int64_t elements = params.group * params.head_dim;
-  CKV_RETURN_IF_ERROR(ExpectSize("queries", elements, queries.size()));
   CKV_RETURN_IF_ERROR(ExpectSize("output", elements, output.size()));
   if (!lse.empty()) CKV_RETURN_IF_ERROR(ExpectSize("lse", params.group, lse.size()));
   if (!state.output.empty() || !state.lse.empty()) {
@@ -59,6 +63,25 @@ absl::Status ValidateSparseAttention(const AttentionParams& params, absl::Span<c
     }
   }
   return ValidateRecords(records);
+}
+
+absl::Status ValidateCorrection(const AttentionParams& params, absl::Span<const float> queries,
+                                const RemainderRun& run) {
+  CKV_RETURN_IF_ERROR(ValidateParams(params, queries));
+  CKV_RETURN_IF_ERROR(ExpectSize("remainders", run.records.size(), run.remainders.size()));
+  if (!run.head_masks.empty()) {
+    CKV_RETURN_IF_ERROR(ExpectSize("head_masks", run.records.size(), run.head_masks.size()));
+  }
+  if (run.records.empty()) return absl::OkStatus();
+  if (run.codec == nullptr || run.codec->RemainderBytes(params.element_type, params.head_dim) < 1) {
+    return absl::InvalidArgumentError("records: expected a codec with remainders");
+  }
+  return absl::OkStatus();
+}
+
+absl::Status LogitOverflows(int64_t query_head) {
+  return absl::InvalidArgumentError(
+      absl::StrCat("queries: the logits of query head ", query_head, " of the group overflow"));
 }
 
 }  // namespace clusterkv::kernels

@@ -8,6 +8,11 @@
 // x = zero + scale * code, with zero = min x, scale = (max x - min x) / (2^bits - 1), both rounded
 // to fp16 before the codes are made, so that no code pays for their rounding twice. A constant
 // vector has scale 0 and decodes to zero. Elements beyond fp16's range saturate to its ends.
+//
+// Remainder (D / 2 bytes): what the value code's step of `value scale` hides, in 16 steps of its
+// own: value - decoded value = (code - 7.5) * value scale / 16, codes packed as those of the value.
+// A copied token shows its value's rounding whole, and 4 bits are too few for it; with 4 more,
+// which stay at the service, a value is known to 1/480 of its range.
 // Source: LeanKV / DiffKV (arXiv 2412.03131), K8V4, one chunk per head.
 #include <algorithm>
 #include <cstring>
@@ -91,27 +96,48 @@ void EncodeK8V4(int64_t head_dim, float* HWY_RESTRICT x, uint32_t* HWY_RESTRICT 
   }
 }
 
-void DecodeK8V4(int64_t head_dim, const std::byte* HWY_RESTRICT record, float* HWY_RESTRICT key,
-                float* HWY_RESTRICT value) {
+// x[j] = scale * code[j] + zero, of codes of 8 bits.
+void DecodeEightBits(int64_t head_dim, const std::byte* HWY_RESTRICT packed, float scale,
+                     float zero, float* HWY_RESTRICT x) {
   const CodeFloatTag d;
   const hn::RebindToSigned<CodeFloatTag> di;
   const hn::Rebind<uint8_t, CodeFloatTag> du8;
   const int64_t lanes = static_cast<int64_t>(hn::Lanes(d));
-  uint16_t meta[4];
-  std::memcpy(meta, record, 8);
-  const auto key_scale = hn::Set(d, HalfToFloat(meta[0]));
-  const auto key_zero = hn::Set(d, HalfToFloat(meta[1]));
-  const auto value_scale = hn::Set(d, HalfToFloat(meta[2]));
-  const auto value_zero = hn::Set(d, HalfToFloat(meta[3]));
-  const uint8_t* key_codes = reinterpret_cast<const uint8_t*>(record + 8);
+  const auto s = hn::Set(d, scale), z = hn::Set(d, zero);
+  const uint8_t* bytes = reinterpret_cast<const uint8_t*>(packed);
   for (int64_t j = 0; j < head_dim; j += lanes) {
-    const auto codes = hn::ConvertTo(d, hn::PromoteTo(di, hn::LoadU(du8, key_codes + j)));
-    hn::StoreU(hn::Add(hn::Mul(codes, key_scale), key_zero), d, key + j);
+    const auto codes = hn::ConvertTo(d, hn::PromoteTo(di, hn::LoadU(du8, bytes + j)));
+    hn::StoreU(hn::Add(hn::Mul(codes, s), z), d, x + j);
   }
-  ForEachCodeVector<4>(record + 8 + head_dim, head_dim, 0, head_dim / kCodeBlockChannels,
-                       [&](int64_t j, auto codes) HWY_ATTR {
-                         hn::StoreU(hn::Add(hn::Mul(codes, value_scale), value_zero), d, value + j);
-                       });
+}
+
+// The same of codes of 4 bits.
+void DecodeFourBits(int64_t head_dim, const std::byte* HWY_RESTRICT packed, float scale, float zero,
+                    float* HWY_RESTRICT x) {
+  const CodeFloatTag d;
+  const auto s = hn::Set(d, scale), z = hn::Set(d, zero);
+  ForEachCodeVector<4>(packed, head_dim, 0, head_dim / kCodeBlockChannels,
+                       [&](int64_t j, auto codes)
+                           HWY_ATTR { hn::StoreU(hn::Add(hn::Mul(codes, s), z), d, x + j); });
+}
+
+// x [head_dim]: the value, overwritten; decoded [head_dim] of its record. Elements beyond fp16's
+// range are taken as its ends, as the record has them; remainders beyond half a step of the value's
+// (fp16 rounded its scale or zero) saturate.
+void EncodeRemainder(int64_t head_dim, float step, float* HWY_RESTRICT x,
+                     const float* HWY_RESTRICT decoded, uint32_t* HWY_RESTRICT codes,
+                     std::byte* HWY_RESTRICT packed) {
+  const CodeFloatTag d;
+  const int64_t lanes = static_cast<int64_t>(hn::Lanes(d));
+  const auto largest = hn::Set(d, 65504.0f);
+  for (int64_t j = 0; j < head_dim; j += lanes) {
+    const auto clamped = hn::Min(hn::Max(hn::LoadU(d, x + j), hn::Neg(largest)), largest);
+    hn::StoreU(hn::Sub(clamped, hn::LoadU(d, decoded + j)), d, x + j);
+  }
+  Quantize<4>(head_dim, x, step, -7.5f * step, codes);
+  for (int64_t block = 0; block < head_dim / kCodeBlockChannels; ++block) {
+    PackBlock<4>(codes + block * kCodeBlockChannels, packed, head_dim, block);
+  }
 }
 
 }  // namespace clusterkv::kernels::HWY_NAMESPACE
@@ -122,9 +148,25 @@ namespace clusterkv::kernels {
 namespace {
 
 HWY_EXPORT(EncodeK8V4);
-HWY_EXPORT(DecodeK8V4);
+HWY_EXPORT(DecodeEightBits);
+HWY_EXPORT(DecodeFourBits);
+HWY_EXPORT(EncodeRemainder);
 
 constexpr int64_t kMaxHeadDim = 512;
+
+// Scale and zero of a key (at byte 0 of its record) or value (at byte 4).
+struct Range {
+  explicit Range(const std::byte* meta) {
+    uint16_t halves[2];
+    std::memcpy(halves, meta, 4);
+    scale = HalfToFloat(halves[0]);
+    zero = HalfToFloat(halves[1]);
+  }
+  // Of remainders.
+  float step() const { return scale / 16; }
+
+  float scale, zero;
+};
 
 class K8V4 final : public RecordCodec {
  public:
@@ -153,10 +195,48 @@ class K8V4 final : public RecordCodec {
   void Decode(const std::byte* record, ElementType, int64_t head_dim, float* key,
               float* value) const override {
     CheckHeadDim(head_dim);
-    HWY_DYNAMIC_DISPATCH(DecodeK8V4)(head_dim, record, key, value);
+    if (key != nullptr) {
+      const Range range(record);
+      HWY_DYNAMIC_DISPATCH(DecodeEightBits)(head_dim, record + 8, range.scale, range.zero, key);
+    }
+    if (value != nullptr) DecodeValue(record, head_dim, value);
+  }
+
+  int64_t RemainderBytes(ElementType, int64_t head_dim) const override { return head_dim / 2; }
+
+  void EncodeRemainders(const std::byte* values, int64_t value_stride_bytes, ElementType type,
+                        int64_t head_dim, int64_t count, const std::byte* records,
+                        std::byte* remainders) const override {
+    CheckHeadDim(head_dim);
+    const int64_t remainder_bytes = RemainderBytes(type, head_dim);
+    float x[kMaxHeadDim], decoded[kMaxHeadDim];
+    uint32_t codes[kMaxHeadDim];
+    for (int64_t i = 0; i < count; ++i) {
+      const std::byte* record = records + i * RecordBytes(type, head_dim);
+      std::byte* remainder = remainders + i * remainder_bytes;
+      ToFloat(values + i * value_stride_bytes, type, head_dim, x);
+      DecodeValue(record, head_dim, decoded);
+      std::memset(remainder, 0, remainder_bytes);  // packing sets bits in zeros
+      HWY_DYNAMIC_DISPATCH(EncodeRemainder)
+      (head_dim, Range(record + 4).step(), x, decoded, codes, remainder);
+    }
+  }
+
+  void DecodeRemainder(const std::byte* record, const std::byte* remainder_code, ElementType,
+                       int64_t head_dim, float* remainder) const override {
+    CheckHeadDim(head_dim);
+    const float step = Range(record + 4).step();
+    HWY_DYNAMIC_DISPATCH(DecodeFourBits)
+    (head_dim, remainder_code, step, -7.5f * step, remainder);
   }
 
  private:
+  static void DecodeValue(const std::byte* record, int64_t head_dim, float* value) {
+    const Range range(record + 4);
+    HWY_DYNAMIC_DISPATCH(DecodeFourBits)
+    (head_dim, record + 8 + head_dim, range.scale, range.zero, value);
+  }
+
   static void CheckHeadDim(int64_t head_dim) {
     CKV_CHECK(head_dim > 0 && head_dim <= kMaxHeadDim && head_dim % kCodeBlockChannels == 0)
         << head_dim;

@@ -27,9 +27,12 @@ class Raw final : public RecordCodec {
 
   void Decode(const std::byte* record, ElementType type, int64_t head_dim, float* key,
               float* value) const override {
-    ToFloat(record, type, head_dim, key);
+    if (key != nullptr) ToFloat(record, type, head_dim, key);
+    if (value == nullptr) return;
     ToFloat(record + head_dim * ElementBytes(type), type, head_dim, value);
   }
+
+  bool lossless() const override { return true; }
 };
 
 }  // namespace

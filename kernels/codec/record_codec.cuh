@@ -147,12 +147,36 @@ __device__ __forceinline__ void StoreCodes(const uint32_t (&codes)[kCodeBlock],
   }
 }
 
-// One half (0: K, 1: V) of a record, by the unit's lanes. All lanes of the warp call it; those with
-// `record` null write nothing.
+// A block of a value's remainder (k8v4_codec.cc): x [16] the value, its codes, scale and zero.
+__device__ __forceinline__ void EncodeRemainderBlock(const UnitLane& at,
+                                                     const float (&x)[kCodeBlock],
+                                                     const uint32_t (&value)[kCodeBlock],
+                                                     uint16_t scale_half, uint16_t zero_half,
+                                                     int head_dim, unsigned char* remainder) {
+  const float scale = HalfBitsToFloat(scale_half), zero = HalfBitsToFloat(zero_half);
+  const float step = __fmul_rn(scale, 0.0625f), low = __fmul_rn(step, -7.5f);
+  uint32_t codes[kCodeBlock];
+#pragma unroll
+  for (int i = 0; i < kCodeBlock; ++i) {
+    const float decoded = __fadd_rn(__fmul_rn(static_cast<float>(value[i]), scale), zero);
+    float code = 0;
+    if (step > 0) {
+      const float lacks = __fsub_rn(x[i], decoded);
+      code = fminf(fmaxf(rintf(__fdiv_rn(__fsub_rn(lacks, low), step)), 0.0f), 15.0f);
+    }
+    codes[i] = static_cast<uint32_t>(code);
+  }
+  StoreCodes<4>(codes, remainder, head_dim, at.block);
+}
+
+// One half (0: K, 1: V) of a record, by the unit's lanes, and of a value its remainder where the
+// format has one and `remainder` is not null. All lanes of the warp call it; those with `record`
+// null write nothing.
 template <RecordFormat kFormat>
 __device__ __forceinline__ void EncodeRecordHalf(const UnitLane& at, const RowBlock& row, int half,
                                                  ElementType type, int head_dim,
-                                                 unsigned char* record) {
+                                                 unsigned char* record,
+                                                 unsigned char* remainder = nullptr) {
   if constexpr (kFormat == RecordFormat::kRaw) {
     if (record == nullptr) return;
     row.Store(record + half * head_dim * DeviceElementBytes(type), type, at.block);
@@ -179,6 +203,8 @@ __device__ __forceinline__ void EncodeRecordHalf(const UnitLane& at, const RowBl
       to[1] = make_uint2(words[2], words[3]);
     } else {
       StoreCodes<4>(value, record + 8 + head_dim, head_dim, at.block);
+      if (remainder == nullptr) return;
+      EncodeRemainderBlock(at, x, value, value_scale, value_low, head_dim, remainder);
     }
   }
 }

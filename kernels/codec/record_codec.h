@@ -6,6 +6,10 @@
 // as they came. A new codec is a file of its own and one line in record_codec_registry.cc (see
 // README.md).
 //
+// A codec whose records are coarse may have *remainders*: what a record's value lacks, coded again.
+// They never travel. The service keeps them beside the records and answers, with every selection,
+// what they would have added to the worker's attention (kernels/attention/correction.h).
+//
 // Codecs are stateless, immortal and thread-safe.
 #ifndef CLUSTERKV_KERNELS_CODEC_RECORD_CODEC_H_
 #define CLUSTERKV_KERNELS_CODEC_RECORD_CODEC_H_
@@ -36,10 +40,28 @@ class RecordCodec {
                       int64_t value_stride_bytes, ElementType type, int64_t head_dim, int64_t count,
                       std::byte* records) const = 0;
 
-  // Decodes the record to key [head_dim] and value [head_dim] as float. `type` is the element type
-  // that was encoded.
+  // Decodes the record to key [head_dim] and value [head_dim] as float; either may be null: not
+  // wanted. `type` is the element type that was encoded.
   virtual void Decode(const std::byte* record, ElementType type, int64_t head_dim, float* key,
                       float* value) const = 0;
+
+  // True if equal records mean equal keys and values, bit for bit.
+  virtual bool lossless() const { return false; }
+
+  // Bytes of one token's remainder, the same for every token; 0: this codec has none, and the two
+  // functions below are never called. At most 4,096 for head_dim <= 512.
+  virtual int64_t RemainderBytes(ElementType, int64_t /*head_dim*/) const { return 0; }
+
+  // Codes what the values lack: token i's value is at values + i * value_stride_bytes as in Encode,
+  // its record at records + i * RecordBytes(), its remainder goes to remainders + i *
+  // RemainderBytes().
+  virtual void EncodeRemainders(const std::byte* /*values*/, int64_t /*value_stride_bytes*/,
+                                ElementType, int64_t /*head_dim*/, int64_t /*count*/,
+                                const std::byte* /*records*/, std::byte* /*remainders*/) const {}
+
+  // remainder [head_dim] as float: about the token's value minus what Decode makes of its record.
+  virtual void DecodeRemainder(const std::byte* /*record*/, const std::byte* /*remainder_code*/,
+                               ElementType, int64_t /*head_dim*/, float* /*remainder*/) const {}
 };
 
 // The codec of that name, or null.

@@ -81,6 +81,7 @@ IndexLayout MakeIndexLayout(const KvShape& shape, const IndexParams& params,
   const int64_t row_bytes = shape.head_dim * static_cast<int64_t>(sizeof(float));
   const int64_t index_bytes = sizeof(int32_t);
   const bool has_codes = params.codes.bits != 0;
+  const int64_t remainder_bytes = codec.RemainderBytes(shape.element_type, shape.head_dim);
   return {{{"centroids", row_bytes, heads * clusters},
            {"value_means", row_bytes, heads * clusters},
            {"cluster_begin", index_bytes, heads * (clusters + 1)},
@@ -89,7 +90,8 @@ IndexLayout MakeIndexLayout(const KvShape& shape, const IndexParams& params,
            {"codes", has_codes ? CodesBytes(params.codes, shape.head_dim) : 0,
             has_codes ? heads * tokens : 0},
            {"records", codec.RecordBytes(shape.element_type, shape.head_dim), heads * tokens},
-           {"channels", 3 * row_bytes, heads}}};
+           {"channels", 3 * row_bytes, heads},
+           {"remainders", remainder_bytes, remainder_bytes > 0 ? heads * tokens : 0}}};
 }
 
 MutableIndexPartView MakeIndexPartView(const IndexLayout& layout, const KvShape& shape,
@@ -103,7 +105,7 @@ MutableIndexPartView MakeIndexPartView(const IndexLayout& layout, const KvShape&
   CKV_CHECK(layout.arrays[0].size == shape.kv_heads * part.clusters) << "layout of other tokens";
   MutablePagedView* views[kIndexArrays] = {&part.centroids, &part.value_means, &part.cluster_begin,
                                            &part.positions, &part.slots,       &part.codes,
-                                           &part.records,   &part.channels};
+                                           &part.records,   &part.channels,    &part.remainders};
   for (int i = 0; i < kIndexArrays; ++i) {
     const IndexArrayLayout& array = layout.arrays[i];
     if (array.element_bytes == 0) continue;

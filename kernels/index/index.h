@@ -14,6 +14,8 @@
 //   codes          CodesBytes         h * tokens + slot     kv_heads * tokens, or 0 without codes
 //   records        RecordBytes        h * tokens + slot     kv_heads * tokens
 //   channels       [3, head_dim] float  h                 kv_heads: metric weight, K, V balance
+//   remainders     RemainderBytes     h * tokens + slot     kv_heads * tokens, or 0 if the codec
+//                                                           has none
 //
 // A *slot* is a token's place in cluster order: cluster c of head h holds slots [cluster_begin[c],
 // cluster_begin[c+1]), by ascending position within the cluster. positions[slot] is the token's
@@ -80,11 +82,11 @@ struct BasicIndexPartView {
   int64_t tokens = 0;       // T
   int64_t clusters = 0;     // C, per KV head
   BasicPagedView<Byte> centroids, value_means, cluster_begin, positions, slots, codes, records,
-      channels;
+      channels, remainders;
 
   operator BasicIndexPartView<const std::byte>() const {  // NOLINT(google-explicit-constructor)
     return {first_token, tokens, clusters, centroids, value_means, cluster_begin,
-            positions,   slots,  codes,    records,   channels};
+            positions,   slots,  codes,    records,   channels,    remainders};
   }
 };
 using IndexPartView = BasicIndexPartView<const std::byte>;
@@ -97,7 +99,7 @@ struct IndexArrayLayout {
   int64_t element_bytes;
   int64_t size;
 };
-constexpr int kIndexArrays = 8;
+constexpr int kIndexArrays = 9;
 struct IndexLayout {
   IndexArrayLayout arrays[kIndexArrays];
   // Pages of `page_bytes` that all arrays take, each array starting on a page of its own.
@@ -126,7 +128,7 @@ struct IndexInput {
 };
 
 // Builds a whole part: metric, k-means per segment and head, cluster order, value means, codes,
-// records.
+// records and their remainders.
 //
 // Balanced metric: channel j of K is multiplied by w_j = sqrt(max(query_rms_j, 1e-6) / max(std_j,
 // 1e-6)), std_j the (n - 1) standard deviation of the part's keys in that channel (0 for one
@@ -144,7 +146,8 @@ absl::Status BuildIndexPartReference(const KvShape& shape, const IndexParams& pa
                                      const MutableIndexPartView& part);
 
 // XXH3-64 over the part's arrays in logical order (not the pages' unused tails): equal for equal
-// parts wherever they lie. Records are left out, so that it is the same under every codec.
+// parts wherever they lie. Records and remainders are left out, so that it is the same under every
+// codec.
 uint64_t IndexDigest(const KvShape& shape, const IndexPartView& part);
 
 }  // namespace clusterkv::kernels

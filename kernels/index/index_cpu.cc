@@ -262,6 +262,14 @@ class Builder {
       codec_.Encode(keys + offset, row_bytes, values + offset, row_bytes, shape_.element_type, dim_,
                     n, run);
     });
+    if (part_.remainders.size == 0) return;
+    ForEachRun(part_.remainders, at, at + count, [&](std::byte* run, int64_t first, int64_t n) {
+      // Records lie in pages of their own, with other ends.
+      ForEachRun(part_.records, first, first + n, [&](std::byte* records, int64_t i, int64_t some) {
+        codec_.EncodeRemainders(values + (i - at) * row_bytes, row_bytes, shape_.element_type, dim_,
+                                some, records, run + (i - first) * part_.remainders.element_bytes);
+      });
+    });
   }
 
   void EncodeCodes(int64_t head, int64_t first_slot, int64_t count, const float* key_residuals,

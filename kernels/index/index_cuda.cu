@@ -345,8 +345,9 @@ __global__ void __launch_bounds__(kThreads)
                        channels + (1 + half) * p.head_dim, x,
                        works ? plan.part.codes.At(out) : nullptr);
   }
-  EncodeRecordHalf<kFormat>(at, row, half, p.element_type, p.head_dim,
-                            works ? plan.part.records.At(out) : nullptr);
+  EncodeRecordHalf<kFormat>(
+      at, row, half, p.element_type, p.head_dim, works ? plan.part.records.At(out) : nullptr,
+      works && kFormat == RecordFormat::kK8V4 ? plan.part.remainders.At(out) : nullptr);
 }
 
 // ---- host

@@ -127,7 +127,7 @@ absl::Status ValidateBuild(const KvShape& shape, const IndexParams& params,
   const IndexLayout layout = MakeIndexLayout(shape, params, codec, part.tokens);
   const PagedView* views[kIndexArrays] = {&part.centroids, &part.value_means, &part.cluster_begin,
                                           &part.positions, &part.slots,       &part.codes,
-                                          &part.records,   &part.channels};
+                                          &part.records,   &part.channels,    &part.remainders};
   for (int i = 0; i < kIndexArrays; ++i) {
     const IndexArrayLayout& array = layout.arrays[i];
     CKV_RETURN_IF_ERROR(CheckView(array.name, *views[i], array.element_bytes, array.size));

@@ -132,6 +132,10 @@ void WriteHead(const KvShape& shape, const IndexParams& params, const RecordCode
     codec.Encode(internal::HeadRow(shape, input.keys, t, head), 0,
                  internal::HeadRow(shape, input.values, t, head), 0, shape.element_type, dim, 1,
                  part.records.At(at));
+    if (part.remainders.size > 0) {
+      codec.EncodeRemainders(internal::HeadRow(shape, input.values, t, head), 0, shape.element_type,
+                             dim, 1, part.records.At(at), part.remainders.At(at));
+    }
     if (params.codes.bits == 0) continue;
     EncodeResidualsReference(params.codes, dim, 1, &key_residuals[t * dim],
                              &value_residuals[t * dim], &h->channels[dim], &h->channels[2 * dim],

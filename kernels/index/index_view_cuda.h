@@ -15,7 +15,8 @@ struct DeviceIndexPart {
   int32_t tokens = 0;         // T
   int32_t clusters = 0;       // C, per KV head
   int32_t first_cluster = 0;  // clusters per KV head of the parts before this one
-  DevicePagedView centroids, value_means, cluster_begin, positions, slots, codes, records, channels;
+  DevicePagedView centroids, value_means, cluster_begin, positions, slots, codes, records, channels,
+      remainders;
 };
 
 }  // namespace clusterkv::kernels

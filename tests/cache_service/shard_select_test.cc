@@ -9,6 +9,7 @@
 #include <limits>
 #include <set>
 
+#include "kernels/attention/correction.h"
 #include "kernels/base/element_type.h"
 #include "kernels/codec/record_codec.h"
 #include "tests/cache_service/shard_harness.h"
@@ -358,11 +359,131 @@ TEST_F(ShardSelectTest, PinnedPagesAreRecalling) {
   EXPECT_EQ(shard_->GetStats().pages().free(), shard_->GetStats().pages().total());
 }
 
+// --- corrections
+
+// That of one head, recomputed from the tokens as they came.
+kernels::Correction ExpectedCorrection(const TestKv& kv, int64_t layer, int64_t head,
+                                       const kernels::HeadSelection& selection,
+                                       const std::vector<float>& queries) {
+  const kernels::RecordCodec& codec = *kernels::FindRecordCodec("k8v4");
+  const auto type = static_cast<kernels::ElementType>(kv.shape.element_type());
+  const int64_t dim = kv.shape.head_dim(), head_bytes = dim * kernels::ElementBytes(type);
+  const int64_t group = kv.shape.query_heads() / kv.shape.kv_heads();
+  const size_t record_bytes = static_cast<size_t>(codec.RecordBytes(type, dim));
+  const size_t remainder_bytes = static_cast<size_t>(codec.RemainderBytes(type, dim));
+  const size_t count = selection.positions.size();
+  std::vector<std::byte> records(count * record_bytes), remainders(count * remainder_bytes);
+  std::vector<const std::byte*> at_record, at_remainder;
+  for (size_t i = 0; i < count; ++i) {
+    const KvChunkView token = kv.Chunk(layer, selection.positions[i], 1);
+    const auto* key = reinterpret_cast<const std::byte*>(token.keys.data()) + head * head_bytes;
+    const auto* value = reinterpret_cast<const std::byte*>(token.values.data()) + head * head_bytes;
+    at_record.push_back(&records[i * record_bytes]);
+    at_remainder.push_back(&remainders[i * remainder_bytes]);
+    codec.Encode(key, 0, value, 0, type, dim, 1, &records[i * record_bytes]);
+    codec.EncodeRemainders(value, 0, type, dim, 1, at_record[i], &remainders[i * remainder_bytes]);
+  }
+  const kernels::AttentionParams params = {group, dim, type,
+                                           1.0f / std::sqrt(static_cast<float>(dim))};
+  kernels::Correction correction;
+  const absl::Status status = kernels::ComputeCorrectionReference(
+      params,
+      absl::MakeConstSpan(queries).subspan(static_cast<size_t>(head * group * dim),
+                                           static_cast<size_t>(group * dim)),
+      {&codec, at_record, at_remainder, selection.head_masks}, &correction);
+  EXPECT_TRUE(status.ok()) << status;
+  return correction;
+}
+
+void ExpectCorrections(const TestKv& kv, const SelectAnswer& answer,
+                       const std::vector<float>& queries) {
+  ASSERT_TRUE(answer.status.ok()) << answer.status;
+  ASSERT_EQ(answer.corrections.size(), answer.heads.size());
+  for (size_t head = 0; head < answer.heads.size(); ++head) {
+    EXPECT_FALSE(answer.heads[head].positions.empty());
+    const kernels::Correction& got = answer.corrections[head];
+    const kernels::Correction expected = ExpectedCorrection(
+        kv, answer.layer, static_cast<int64_t>(head), answer.heads[head], queries);
+    ASSERT_EQ(got.codes.size(), expected.codes.size());
+    ASSERT_EQ(got.log_scales.size(), expected.log_scales.size());
+    for (size_t g = 0; g < got.log_scales.size(); ++g) {
+      EXPECT_FALSE(!(std::abs(got.log_scales[g] - expected.log_scales[g]) <= 1e-4f)) << g;
+    }
+    for (size_t i = 0; i < got.codes.size(); ++i) {
+      ASSERT_LE(std::abs(got.codes[i] - expected.codes[i]), 1) << i;
+    }
+  }
+}
+
+TEST(ShardCorrectionTest, EveryPresetAnswersWhatItsExactRecordsLack) {
+  const TestKv kv = MakeKv(TestShape(), kPrompt + 48, 6);
+  for (const char* preset : {"clusterkv", "recall", "default"}) {
+    SCOPED_TRACE(preset);
+    ShardHarness shard;
+    v1::OpenSequenceRequest request = OpenRequest("a", kv, kPrompt);
+    request.set_preset(preset);
+    if (preset == std::string("clusterkv")) request.clear_select();
+    request.mutable_select()->set_budget_tokens(64);
+    request.set_codec("k8v4");
+    request.set_max_decode_tokens(48);
+    request.mutable_index()->set_window_tokens(24);
+    shard.Ready(request, kv);
+    for (uint64_t seed : {1, 2, 3}) {
+      const std::vector<float> queries = MakeQueries(kv.shape, seed);
+      ExpectCorrections(kv, shard.SelectOne("a", 1, queries), queries);
+    }
+    // All tokens exact: those of clustered windows and of a fork's shared parts, too.
+    ASSERT_TRUE(shard->Append(AppendRequest("a", kv, kPrompt, 48)).ok());
+    v1::ForkSequenceRequest fork;
+    *fork.mutable_source() = Handle("a");
+    fork.set_name("fork");
+    shard.WaitIdle();
+    ASSERT_TRUE(shard->Fork(fork).ok());
+    ASSERT_TRUE(shard->Release(Handle("a")).ok());
+    const std::vector<float> queries = MakeQueries(kv.shape, 4);
+    SelectCall call = CallFor("fork", 0, queries);
+    call.select.set_budget_tokens(1 << 20);
+    const SelectBatchAnswer batch = shard.Select(One(std::move(call)));
+    ExpectCorrections(kv, batch.items[0], queries);
+    EXPECT_EQ(batch.items[0].heads[0].positions.back(), kPrompt + 47);
+  }
+}
+
+TEST(ShardCorrectionTest, APromptOfSinksHasNothingToCorrect) {
+  const TestKv kv = MakeKv(TestShape(), kPrompt, 6);
+  ShardHarness shard;
+  v1::OpenSequenceRequest request = OpenRequest("a", kv, 10);
+  request.set_codec("k8v4");
+  shard.Ready(request, kv);
+  const SelectAnswer answer = shard.SelectOne("a", 0, MakeQueries(kv.shape, 1));
+  ASSERT_TRUE(answer.status.ok()) << answer.status;
+  for (const kernels::Correction& head : answer.corrections) {
+    for (const float scale : head.log_scales) {
+      EXPECT_EQ(scale, -std::numeric_limits<float>::infinity());
+    }
+  }
+  EXPECT_EQ(answer.corrections.size(), 2u);
+}
+
+TEST(ShardCorrectionTest, LosslessCodecsHaveNone) {
+  const TestKv kv = MakeKv(TestShape(), kPrompt, 6);
+  ShardHarness shard;
+  shard.Ready(OpenRequest("a", kv, kPrompt), kv);
+  EXPECT_TRUE(shard.SelectOne("a", 0, MakeQueries(kv.shape, 1)).corrections.empty());
+  const uint64_t state_bytes = shard->GetStats().state_bytes();
+  v1::OpenSequenceRequest request = OpenRequest("b", kv, kPrompt);
+  request.set_codec("k8v4");
+  shard.Ready(request, kv);
+  EXPECT_FALSE(shard.SelectOne("b", 0, MakeQueries(kv.shape, 1)).corrections.empty());
+  EXPECT_EQ(shard->GetStats().state_bytes(), 2 * state_bytes + 4u * (32u + 4u));
+}
+
 // --- the same answers whatever the codec, the threads and the run
 
 struct Digests {
   std::vector<uint64_t> index;
   uint64_t selection = 0, state = 0;
+  uint64_t correction = 0;  // 0: there was none
   bool operator==(const Digests&) const = default;
 };
 
@@ -380,7 +501,7 @@ Digests Replay(const TestKv& kv, const std::string& preset, const std::string& c
   for (const v1::LayerInfo& layer : ready.layers()) {
     digests.index.push_back(layer.index_digest());
   }
-  std::string selection, state;
+  std::string selection, state, correction;
   for (uint64_t step = 0; step < 12; ++step) {
     std::vector<SelectCall> calls;
     for (int64_t layer = 0; layer < kv.shape.layers(); ++layer) {
@@ -399,10 +520,17 @@ Digests Replay(const TestKv& kv, const std::string& preset, const std::string& c
         append(state, head.state_output);
         append(state, head.state_lse);
       }
+      for (const kernels::Correction& head : item.corrections) {
+        append(correction, head.codes);
+        append(correction, head.log_scales);
+      }
     }
   }
   digests.selection = XXH3_64bits(selection.data(), selection.size());
   digests.state = XXH3_64bits(state.data(), state.size());
+  if (!correction.empty()) {
+    digests.correction = XXH3_64bits(correction.data(), correction.size());
+  }
   return digests;
 }
 
@@ -413,7 +541,12 @@ TEST(ShardDeterminismTest, AnswersAreTheSameForEveryCodecThreadCountAndRun) {
     EXPECT_EQ(Replay(kv, preset, "raw", 1, true), expected) << preset;
     EXPECT_EQ(Replay(kv, preset, "raw", 2, false), expected) << preset;
     EXPECT_EQ(Replay(kv, preset, "raw", 5, true), expected) << preset;
-    EXPECT_EQ(Replay(kv, preset, "k8v4", 2, false), expected) << preset;
+    const Digests coarse = Replay(kv, preset, "k8v4", 2, false);
+    EXPECT_EQ(Replay(kv, preset, "k8v4", 1, true), coarse) << preset;
+    EXPECT_NE(coarse.correction, 0u);
+    Digests without_correction = coarse;
+    without_correction.correction = 0;
+    EXPECT_EQ(without_correction, expected) << preset;
   }
 }
 

@@ -63,6 +63,7 @@ v1::OpenSequenceRequest TestSequence::OpenRequest() const {
   request.mutable_shape()->set_element_type(element_type);
   request.set_prompt_tokens(tokens);
   request.set_max_decode_tokens(max_decode_tokens);
+  request.set_codec(codec);
   request.mutable_select()->set_budget_tokens(64);
   request.mutable_select()->set_coded_tokens(128);
   if (tokens_per_cluster != 0) {

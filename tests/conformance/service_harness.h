@@ -33,6 +33,7 @@ struct TestSequence {
   v1::ElementType element_type = v1::ELEMENT_TYPE_FLOAT32;
   uint64_t seed = 1;
   uint32_t tokens_per_cluster = 0;  // 0: the preset's
+  std::string codec;                // empty: the server's choice
 
   v1::OpenSequenceRequest OpenRequest() const;
   // Tokens [first, first + count) of `layer`, keys or values: [count, kv_heads, head_dim].

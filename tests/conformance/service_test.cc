@@ -172,6 +172,24 @@ TEST_P(ServiceTest, ASequenceLivesFromOpenToRelease) {
   EXPECT_EQ(Stats().sequences(), 0u);
 }
 
+TEST_P(ServiceTest, CorrectionsComeWithTheStateUnderCodecsThatHaveThem) {
+  TestSequence sequence;
+  harness_.MakeReady(sequence);
+  EXPECT_FALSE(harness_.Select(SelectRequest(sequence, 0, 1))->results(0).has_correction());
+
+  sequence.name = "coarse";
+  sequence.codec = "k8v4";
+  harness_.MakeReady(sequence);
+  v1::SelectClustersRequest request = SelectRequest(sequence, 0, 1);
+  const auto with = harness_.Select(request);
+  ASSERT_TRUE(with.ok()) << with.status();
+  EXPECT_EQ(with->results(0).correction().codes().size(), 4 * 32u);
+  EXPECT_EQ(with->results(0).correction().log_scale().size(), 4 * 4u);
+  EXPECT_GE(Stats().state_bytes(), 4u * (32u + 4u));
+  request.set_want_state(false);
+  EXPECT_FALSE(harness_.Select(request)->results(0).has_correction());
+}
+
 TEST_P(ServiceTest, TheShorthandSelectsLikeAnItemAndTellsErrorsAsItsOwn) {
   const TestSequence sequence;
   harness_.MakeReady(sequence);

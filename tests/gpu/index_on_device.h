@@ -39,9 +39,9 @@ struct IndexOnDevice {
       clusters += part.clusters;
       kernels::DevicePagedView* views[] = {&part.centroids, &part.value_means, &part.cluster_begin,
                                            &part.positions, &part.slots,       &part.codes,
-                                           &part.records,   &part.channels};
+                                           &part.records,   &part.channels,    &part.remainders};
       const uint32_t* list = pages.back().data();
-      for (int i = 0; i < 8; ++i) {
+      for (int i = 0; i < 9; ++i) {
         const int64_t element_bytes = arrays[2 * i], size = arrays[2 * i + 1];
         if (element_bytes == 0) continue;
         *views[i] = kernels::MakeDevicePagedView(arena->data(), list, page_bytes, element_bytes);

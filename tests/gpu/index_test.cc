@@ -14,8 +14,9 @@ using kernels::IndexCudaInput;
 using kernels::IndexCudaParams;
 using kernels::RecordFormat;
 
-constexpr const char* kArrayNames[] = {"centroids", "value_means", "cluster_begin", "positions",
-                                       "slots",     "codes",       "records",       "channels"};
+constexpr const char* kArrayNames[] = {"centroids", "value_means", "cluster_begin",
+                                       "positions", "slots",       "codes",
+                                       "records",   "channels",    "remainders"};
 
 // The parts of a select case, built anew over an arena that is poisoned.
 class IndexCase {
@@ -111,7 +112,7 @@ class IndexCase {
       const auto arrays = file_.Get<int64_t>(prefix + "arrays");
       const auto pages = file_.Get<uint32_t>(prefix + "pages");
       const uint32_t* list = pages.data();
-      for (int i = 0; i < 8; ++i) {
+      for (int i = 0; i < 9; ++i) {
         const int64_t element_bytes = arrays[2 * i], size = arrays[2 * i + 1];
         if (element_bytes == 0) continue;
         const int64_t per_page = page_bytes_ / element_bytes;

@@ -311,24 +311,32 @@ TEST_F(DecodeSessionTest, HotCacheChangesWhatIsSentAndNothingElse) {
 TEST_F(DecodeSessionTest, BothCodecsSelectAndAnswerAlike) {
   const Service service;
   const auto client = service.Connect();
-  const auto layers = MakeLayers(500, 20);
+  const auto layers = MakeLayers(500, 40);
   std::vector<Decoded> decoded(2);
   for (int i = 0; i < 2; ++i) {
     auto request = OpenRequest(absl::StrCat("codec", i), layers);
     request.set_codec(i == 0 ? "raw" : "k8v4");
+    request.set_max_decode_tokens(40);
+    request.mutable_index()->set_window_tokens(16);
     const v1::Sequence sequence = MustPrefill(client.get(), request, layers);
     const auto session = Attach(client.get(), sequence, Options(256));
     ASSERT_NE(session, nullptr);
-    const absl::Status status = Decode(*session, layers, 20, &decoded[i]);
+    const absl::Status status = Decode(*session, layers, 40, &decoded[i]);
     ASSERT_TRUE(status.ok()) << status;
+    for (const StepFigures& figures : decoded[i].figures) {
+      EXPECT_EQ(figures.correction_bytes, i == 0 ? 0 : 4 * (32 + 4));
+      EXPECT_EQ(figures.state_bytes, 4 * (32 * 4 + 4) + figures.correction_bytes);
+    }
   }
   for (size_t l = 0; l < 2; ++l) {
     EXPECT_EQ(decoded[0].digests[l].selection, decoded[1].digests[l].selection);
     EXPECT_EQ(decoded[0].digests[l].state, decoded[1].digests[l].state);
+    EXPECT_NE(decoded[0].digests[l].correction, decoded[1].digests[l].correction);
     EXPECT_NE(decoded[0].digests[l].recalled, decoded[1].digests[l].recalled);
   }
   for (size_t i = 0; i < decoded[0].outputs.size(); ++i) {
-    ExpectNear(decoded[1].outputs[i], decoded[0].outputs[i], 0.2f);
+    // Values of 4 bits alone would be up to .1 off.
+    ExpectNear(decoded[1].outputs[i], decoded[0].outputs[i], 0.02f);
   }
 }
 

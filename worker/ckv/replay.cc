@@ -186,6 +186,7 @@ class Decoder {
     sums->figures.recalled_tokens += figures.recalled_tokens;
     sums->figures.recalled_bytes += figures.recalled_bytes;
     sums->figures.state_bytes += figures.state_bytes;
+    sums->figures.correction_bytes += figures.correction_bytes;
     sums->figures.hits += figures.hits;
   }
 
@@ -222,6 +223,7 @@ LayerFigures MakeFigures(const ReplayTrace& trace, const v1::Sequence& sequence,
   figures.recalled_tokens_per_step = total.recalled_tokens * per_step;
   figures.recalled_bytes_per_step = total.recalled_bytes * per_step;
   figures.state_bytes_per_step = total.state_bytes * per_step;
+  figures.correction_bytes_per_step = total.correction_bytes * per_step;
   figures.hit_rate =
       total.exact_tokens == 0 ? 0 : static_cast<double>(total.hits) / total.exact_tokens;
   figures.held_fraction = static_cast<double>(session.held_bytes()) / FullBytes(trace);
@@ -233,6 +235,7 @@ LayerFigures MakeFigures(const ReplayTrace& trace, const v1::Sequence& sequence,
   const LayerDigests digests = session.digests(static_cast<int64_t>(layer));
   figures.selection_digest = Hex(digests.selection);
   figures.state_digest = Hex(digests.state);
+  figures.correction_digest = Hex(digests.correction);
   figures.recalled_digest = Hex(digests.recalled);
   return figures;
 }

@@ -74,11 +74,13 @@ struct LayerFigures {
   double exact_tokens_per_step = 0;  // the exact zone
   double recalled_tokens_per_step = 0;
   double recalled_bytes_per_step = 0;
-  double state_bytes_per_step = 0;
-  double hit_rate = 0;       // of the exact tokens, the share that the hot cache had
-  double held_fraction = 0;  // KV bytes that the decode side held at the end / all KV
+  double state_bytes_per_step = 0;       // states and corrections
+  double correction_bytes_per_step = 0;  // of these, corrections
+  double hit_rate = 0;                   // of the exact tokens, the share that the hot cache had
+  double held_fraction = 0;              // KV bytes that the decode side held at the end / all KV
   Percentiles select_us, recall_us;
-  std::string index_digest, selection_digest, state_digest, recalled_digest;  // 16 hex digits
+  std::string index_digest, selection_digest, state_digest, correction_digest,
+      recalled_digest;  // 16 hex digits
 };
 
 struct ReplayResult {

@@ -88,6 +88,7 @@ std::string ReplayJson(const std::vector<ReplayResult>& runs) {
                         {"recalled_tokens_per_step", layer.recalled_tokens_per_step},
                         {"recalled_bytes_per_step", layer.recalled_bytes_per_step},
                         {"state_bytes_per_step", layer.state_bytes_per_step},
+                        {"correction_bytes_per_step", layer.correction_bytes_per_step},
                         {"hit_rate", layer.hit_rate},
                         {"held_fraction", layer.held_fraction},
                         {"select_us", Quantiles(layer.select_us)},
@@ -95,6 +96,7 @@ std::string ReplayJson(const std::vector<ReplayResult>& runs) {
                         {"index_digest", layer.index_digest},
                         {"selection_digest", layer.selection_digest},
                         {"state_digest", layer.state_digest},
+                        {"correction_digest", layer.correction_digest},
                         {"recalled_digest", layer.recalled_digest}});
     }
   }

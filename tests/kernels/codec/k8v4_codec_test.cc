@@ -132,6 +132,47 @@ TEST(K8V4CodecTest, ErrorIsHalfAStepAndTheRoundingOfZeroAndScale) {
   }
 }
 
+// The remainder as the layout in the codec's file says, and under every instruction set: half of a
+// sixteenth of the value's step, but where fp16 rounded scale and zero.
+TEST(K8V4CodecTest, TheRemainderIsTheDocumentedLayoutUnderEveryInstructionSet) {
+  EXPECT_EQ(Codec().RemainderBytes(ElementType::kBFloat16, 128), 64);
+  const ElementType type = ElementType::kFloat32;
+  for (int64_t target : hwy::SupportedAndGeneratedTargets()) {
+    SCOPED_TRACE(hwy::TargetName(target));
+    hwy::SetSupportedTargetsForTest(target);
+    std::mt19937 random(kSeed);
+    std::normal_distribution<float> normal(-0.4f, 3.0f);
+    for (int64_t head_dim : {16, 48, 128, 512}) {
+      for (int token = 0; token < 20; ++token) {
+        std::vector<float> value(head_dim), decoded(head_dim), remainder(head_dim);
+        for (float& x : value) x = normal(random);
+        if (token == 3) std::fill(value.begin(), value.end(), 0.3f);
+        const auto record = EncodeToken(value, value, type);
+        Codec().Decode(record.data(), type, head_dim, nullptr, decoded.data());
+        std::vector<std::byte> code(head_dim / 2, std::byte{0xFF}), plain(head_dim / 2);
+        Codec().EncodeRemainders(Rows(value, type).data(), 0, type, head_dim, 1, record.data(),
+                                 code.data());
+        Codec().DecodeRemainder(record.data(), code.data(), type, head_dim, remainder.data());
+        uint16_t half;
+        std::memcpy(&half, record.data() + 4, 2);
+        const float step = HalfToFloat(half) / 16;
+        const float low = *std::min_element(value.begin(), value.end());
+        const float high = *std::max_element(value.begin(), value.end());
+        const float rounding = (std::abs(low) + (high - low)) * 0x1p-10f;
+        for (int64_t j = 0; j < head_dim; ++j) {
+          const float lacks = value[j] - decoded[j];
+          const float steps = step == 0 ? 0.0f : std::nearbyint((lacks + 7.5f * step) / step);
+          StoreCode(static_cast<uint32_t>(std::clamp(steps, 0.0f, 15.0f)), plain.data(), 4,
+                    head_dim, j);
+          ASSERT_FALSE(!(std::abs(lacks - remainder[j]) <= step / 2 + rounding)) << j;
+        }
+        ASSERT_EQ(code, plain) << "head_dim " << head_dim << " token " << token;
+      }
+    }
+  }
+  hwy::SetSupportedTargetsForTest(0);
+}
+
 TEST(K8V4CodecTest, ConstantVectorsDecodeToTheirValueInFp16) {
   for (float constant : {0.0f, 1.0f, -0.333f, 1e-6f, 65504.0f}) {
     const std::vector<float> x(128, constant);

@@ -91,10 +91,91 @@ TEST_P(RecordCodecTest, FiniteInputDecodesToFiniteOutput) {
       std::vector<float> key(head_dim), value(head_dim);
       codec().Encode(constant.data(), 0, mixed.data(), 0, type, head_dim, 1, record.data());
       codec().Decode(record.data(), type, head_dim, key.data(), value.data());
+      if (const int64_t bytes = codec().RemainderBytes(type, head_dim); bytes > 0) {
+        std::vector<std::byte> code(bytes);
+        std::vector<float> remainder(head_dim);
+        codec().EncodeRemainders(mixed.data(), 0, type, head_dim, 1, record.data(), code.data());
+        codec().DecodeRemainder(record.data(), code.data(), type, head_dim, remainder.data());
+        for (const float x : remainder) ASSERT_TRUE(std::isfinite(x)) << codec().name() << fill;
+      }
       for (int64_t j = 0; j < head_dim; ++j) {
         ASSERT_TRUE(std::isfinite(key[j])) << codec().name() << " " << fill;
         ASSERT_TRUE(std::isfinite(value[j])) << codec().name() << " " << fill;
       }
+    }
+  }
+}
+
+TEST_P(RecordCodecTest, DecodesKeyOrValueAlone) {
+  const ElementType type = ElementType::kBFloat16;
+  const int64_t head_dim = 80, row_bytes = head_dim * ElementBytes(type);
+  const auto rows = RandomRows(2, head_dim, type, row_bytes, 31);
+  std::vector<std::byte> record(codec().RecordBytes(type, head_dim));
+  codec().Encode(rows.data(), 0, rows.data() + row_bytes, 0, type, head_dim, 1, record.data());
+  std::vector<float> key(head_dim), value(head_dim), alone(head_dim);
+  codec().Decode(record.data(), type, head_dim, key.data(), value.data());
+  codec().Decode(record.data(), type, head_dim, alone.data(), nullptr);
+  EXPECT_EQ(alone, key);
+  codec().Decode(record.data(), type, head_dim, nullptr, alone.data());
+  EXPECT_EQ(alone, value);
+}
+
+TEST_P(RecordCodecTest, RecordsDecodeToWhatWasEncodedIfTheCodecSaysSo) {
+  for (ElementType type : kTypes) {
+    const int64_t head_dim = 96, row_bytes = head_dim * ElementBytes(type);
+    const auto rows = RandomRows(2, head_dim, type, row_bytes, 32);
+    std::vector<std::byte> record(codec().RecordBytes(type, head_dim));
+    codec().Encode(rows.data(), 0, rows.data() + row_bytes, 0, type, head_dim, 1, record.data());
+    std::vector<float> key(head_dim), value(head_dim);
+    codec().Decode(record.data(), type, head_dim, key.data(), value.data());
+    bool same = true;
+    for (int64_t j = 0; j < head_dim; ++j) {
+      same &= key[j] == LoadElement(rows.data() + j * ElementBytes(type), type);
+      same &= value[j] == LoadElement(rows.data() + row_bytes + j * ElementBytes(type), type);
+    }
+    EXPECT_EQ(same, codec().lossless());
+  }
+}
+
+// With its remainder a value is nearer than without, and what is decoded is finite.
+TEST_P(RecordCodecTest, RemaindersAreOfOneTokenAndBringItsValueNearer) {
+  const bool has_remainders = codec().RemainderBytes(ElementType::kBFloat16, 128) > 0;
+  EXPECT_FALSE(has_remainders && codec().lossless());
+  for (ElementType type : kTypes) {
+    for (int64_t head_dim : kHeadDims) {
+      const int64_t record_bytes = codec().RecordBytes(type, head_dim);
+      const int64_t bytes = codec().RemainderBytes(type, head_dim);
+      ASSERT_EQ(bytes > 0, has_remainders);
+      ASSERT_LE(bytes, 4096);
+      if (!has_remainders) continue;
+      const int64_t count = 17, stride = head_dim * ElementBytes(type) + 16;
+      const auto values = RandomRows(count, head_dim, type, stride, 33);
+      std::vector<std::byte> records(count * record_bytes);
+      std::vector<std::byte> remainders(count * bytes + 16, kGuard);
+      codec().Encode(values.data(), stride, values.data(), stride, type, head_dim, count,
+                     records.data());
+      codec().EncodeRemainders(values.data(), stride, type, head_dim, count, records.data(),
+                               remainders.data());
+      EXPECT_TRUE(std::all_of(remainders.end() - 16, remainders.end(),
+                              [](std::byte b) { return b == kGuard; }));
+      double with = 0, without = 0;
+      for (int64_t i = 0; i < count; ++i) {
+        const std::byte* record = records.data() + i * record_bytes;
+        const std::byte* value = values.data() + i * stride;
+        std::vector<std::byte> alone(bytes, kGuard);
+        codec().EncodeRemainders(value, 0, type, head_dim, 1, record, alone.data());
+        ASSERT_EQ(std::memcmp(alone.data(), remainders.data() + i * bytes, bytes), 0) << i;
+        std::vector<float> decoded(head_dim), remainder(head_dim);
+        codec().Decode(record, type, head_dim, nullptr, decoded.data());
+        codec().DecodeRemainder(record, alone.data(), type, head_dim, remainder.data());
+        for (int64_t j = 0; j < head_dim; ++j) {
+          ASSERT_TRUE(std::isfinite(remainder[j]));
+          const double lacks = LoadElement(value + j * ElementBytes(type), type) - decoded[j];
+          without += lacks * lacks;
+          with += (lacks - remainder[j]) * (lacks - remainder[j]);
+        }
+      }
+      EXPECT_FALSE(!(with <= without / 4)) << head_dim << ": " << with << " of " << without;
     }
   }
 }
@@ -115,6 +196,12 @@ TEST(RecordCodecRegistryTest, AnUnknownNameIsNull) {
   EXPECT_EQ(FindRecordCodec("k9v9"), nullptr);
   EXPECT_EQ(FindRecordCodec(""), nullptr);
   EXPECT_EQ(FindRecordCodec("RAW"), nullptr);
+}
+
+TEST(RawCodecTest, RecordsSayAllSoThatNothingRemains) {
+  const RecordCodec& raw = *FindRecordCodec("raw");
+  EXPECT_TRUE(raw.lossless());
+  for (ElementType type : kTypes) EXPECT_EQ(raw.RemainderBytes(type, 128), 0);
 }
 
 TEST(RawCodecTest, RecordsAreKeyBytesThenValueBytes) {

@@ -93,8 +93,8 @@ class TestPart {
   TestPart(const TestPart&) = delete;
   const MutableIndexPartView& view() const { return view_; }
   std::vector<PagedView> arrays() const {
-    return {view_.centroids, view_.value_means, view_.cluster_begin, view_.positions,
-            view_.slots,     view_.codes,       view_.records,       view_.channels};
+    return {view_.centroids, view_.value_means, view_.cluster_begin, view_.positions, view_.slots,
+            view_.codes,     view_.records,     view_.channels,      view_.remainders};
   }
   bool OnlyElementsWereWritten() const { return pages_.OnlyElementsWereWritten(arrays()); }
 

@@ -105,12 +105,12 @@ std::unique_ptr<TestPart> Build(const Case& c, const Data& data) {
   return part;
 }
 
-// All arrays, or all but records.
+// All arrays, or all but records and remainders.
 void ExpectEqualParts(const TestPart& a, const TestPart& b, bool records = true) {
-  const char* names[] = {"centroids", "value_means", "cluster_begin", "positions",
-                         "slots",     "codes",       "records",       "channels"};
+  const char* names[] = {"centroids", "value_means", "cluster_begin", "positions", "slots",
+                         "codes",     "records",     "channels",      "remainders"};
   for (int i = 0; i < kIndexArrays; ++i) {
-    if (i == 6 && !records) continue;
+    if ((i == 6 || i == 8) && !records) continue;
     EXPECT_TRUE(Bytes(a.arrays()[i]) == Bytes(b.arrays()[i])) << names[i];
   }
 }
@@ -168,8 +168,8 @@ void ExpectHeadHolds(const Case& c, const Data& data, const IndexPartView& part,
   ASSERT_EQ(static_cast<int64_t>(seen.size()), part.tokens);
 }
 
-// Records decode to what the codec makes of the token; codes to the residual, within half a step of
-// the group's range as fp16 keeps it.
+// Records and remainders are what the codec makes of the token; codes decode to the residual,
+// within half a step of the group's range as fp16 keeps it.
 void ExpectTokensHold(const Case& c, const Data& data, const IndexPartView& part, int64_t head) {
   const int64_t dim = c.shape.head_dim, row = c.shape.kv_heads * dim;
   const int64_t element_bytes = ElementBytes(c.shape.element_type);
@@ -178,6 +178,7 @@ void ExpectTokensHold(const Case& c, const Data& data, const IndexPartView& part
   const float* channels = part.channels.As<float>(head);
   std::vector<std::byte> key(dim * element_bytes), value(dim * element_bytes);
   std::vector<std::byte> record(codec.RecordBytes(c.shape.element_type, dim));
+  std::vector<std::byte> remainder(codec.RemainderBytes(c.shape.element_type, dim));
   std::vector<float> residual(dim), decoded(dim);
   for (int64_t cluster = 0; cluster < part.clusters; ++cluster) {
     const int64_t at_begin = head * (part.clusters + 1) + cluster;
@@ -195,6 +196,11 @@ void ExpectTokensHold(const Case& c, const Data& data, const IndexPartView& part
       }
       codec.Encode(key.data(), 0, value.data(), 0, c.shape.element_type, dim, 1, record.data());
       ASSERT_TRUE(std::equal(record.begin(), record.end(), part.records.At(at))) << slot;
+      if (!remainder.empty()) {
+        codec.EncodeRemainders(value.data(), 0, c.shape.element_type, dim, 1, record.data(),
+                               remainder.data());
+        ASSERT_TRUE(std::equal(remainder.begin(), remainder.end(), part.remainders.At(at))) << slot;
+      }
       if (c.params.codes.bits == 0) continue;
       DecodeResiduals(c.params.codes, dim, part.codes.At(at), channels + dim, channels + 2 * dim,
                       decoded.data(), nullptr);
@@ -323,7 +329,7 @@ TEST(IndexTest, SameBitsOnEveryThreadCountPlacementAndPageSize) {
   }
 }
 
-TEST(IndexTest, AllButRecordsIsTheSameUnderEveryCodec) {
+TEST(IndexTest, AllButRecordsAndRemaindersIsTheSameUnderEveryCodec) {
   Case c;
   const Data data = MakeData(c.shape, c.tokens, 30, 1.0f);
   const auto raw = Build(c, data);
@@ -335,7 +341,7 @@ TEST(IndexTest, AllButRecordsIsTheSameUnderEveryCodec) {
   }
 }
 
-TEST(IndexTest, DigestSeesEveryArrayButRecords) {
+TEST(IndexTest, DigestSeesEveryArrayButRecordsAndRemainders) {
   Case c;
   const Data data = MakeData(c.shape, c.tokens, 30, 1.0f);
   const auto part = Build(c, data);
@@ -499,6 +505,11 @@ TEST(IndexTest, LayoutCountsPagesOfEachArrayByItself) {
   IndexParams without = params;
   without.codes.bits = 0;
   EXPECT_EQ(MakeIndexLayout(shape, without, *FindRecordCodec("raw"), 7792).Pages(65536), 142);
+  // Records of 200 bytes, 327 in a page, and remainders of 64, 1,024 in a page.
+  const IndexLayout coarse = MakeIndexLayout(shape, params, *FindRecordCodec("k8v4"), 7792);
+  EXPECT_EQ(layout.arrays[8].element_bytes, 0);
+  EXPECT_EQ(coarse.arrays[8].element_bytes, 64);
+  EXPECT_EQ(coarse.Pages(65536), layout.Pages(65536) - 122 + 48 + 16);
 }
 
 TEST(IndexTest, RefusesWhatDoesNotFitAndWritesNothing) {

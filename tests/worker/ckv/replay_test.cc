@@ -263,15 +263,18 @@ TEST_F(ReplayTest, CodecsChangeTheRecordsAndNothingElse) {
       EXPECT_NE(b.recalled_digest, a.recalled_digest);
       EXPECT_EQ(b.recalled_tokens_per_step, a.recalled_tokens_per_step);
       EXPECT_LE(b.recalled_bytes_per_step, 208 * b.recalled_tokens_per_step + 1e-6);
-      // Values of 4 bits over 128 channels are off by about a tenth of their deviation. That error
-      // is independent of selection's, so squares add up. In layer 3 it drowns; layer 6 copies
-      // single tokens, which show it whole.
-      const double rounding = std::sqrt(
-          std::max(0.0, b.output_error * b.output_error - a.output_error * a.output_error));
-      EXPECT_FALSE(!(rounding <= 0.07)) << "layer " << l << ": " << rounding;
-      if (l == 0) {
-        EXPECT_FALSE(!(b.output_error <= 1.1 * a.output_error));
-      }
+      EXPECT_EQ(a.correction_bytes_per_step, 0);
+      EXPECT_EQ(b.correction_bytes_per_step, b.state_bytes_per_step - a.state_bytes_per_step);
+      EXPECT_LE(b.recalled_bytes_per_step + b.state_bytes_per_step,
+                a.recalled_bytes_per_step + a.state_bytes_per_step);
+      // Layer 6 copies single tokens, which show their values' rounding whole: without corrections
+      // its error would double.
+      EXPECT_FALSE(!(b.output_error <= 1.1 * a.output_error))
+          << "layer " << l << ": " << b.output_error << " under k8v4, " << a.output_error;
+      std::printf(
+          "%s layer %d: error %.5f raw, %.5f k8v4; bytes %.0f + %.0f raw, %.0f + %.0f k8v4\n",
+          preset, l, a.output_error, b.output_error, a.recalled_bytes_per_step,
+          a.state_bytes_per_step, b.recalled_bytes_per_step, b.state_bytes_per_step);
     }
   }
 }
@@ -282,15 +285,21 @@ void ExpectSameBits(const ReplayResult& a, const ReplayResult& b) {
     EXPECT_EQ(a.layers[l].index_digest, b.layers[l].index_digest);
     EXPECT_EQ(a.layers[l].selection_digest, b.layers[l].selection_digest);
     EXPECT_EQ(a.layers[l].state_digest, b.layers[l].state_digest);
+    EXPECT_EQ(a.layers[l].correction_digest, b.layers[l].correction_digest);
     EXPECT_EQ(a.layers[l].recalled_digest, b.layers[l].recalled_digest);
     EXPECT_EQ(a.layers[l].output_error, b.layers[l].output_error);
   }
 }
 
 TEST_F(ReplayTest, RunsAndThreadCountsGiveTheSameBits) {
-  for (const char* preset : {"clusterkv", "recall", "default"}) {
-    SCOPED_TRACE(preset);
-    const ReplayOptions options = Preset(preset, 128);
+  for (const auto& [preset, codec] : {std::pair("clusterkv", "raw"),
+                                      {"recall", "raw"},
+                                      {"default", "raw"},
+                                      {"clusterkv", "k8v4"},
+                                      {"default", "k8v4"}}) {
+    SCOPED_TRACE(testing::Message() << preset << " " << codec);
+    ReplayOptions options = Preset(preset, 128);
+    options.codec = codec;
     const ReplayTrace few = FirstSteps(64);
     const ReplayResult first = Run(options, few);
     ExpectSameBits(first, Run(options, few));
@@ -317,9 +326,12 @@ TEST_F(ReplayTest, AServerInThisProcessGivesTheSameBitsAsOneOverTheWire) {
   ASSERT_TRUE(server.ok()) << server.status();
   const auto client = Client::Connect((*server)->InProcessChannel());
   ASSERT_TRUE(client.ok()) << client.status();
-  const ReplayOptions options = Preset("default", 64);
+  ReplayOptions options = Preset("default", 64);
   const ReplayTrace few = FirstSteps(64);
-  ExpectSameBits(Run(options, few), Run(options, few, client->get()));
+  for (const char* codec : {"raw", "k8v4"}) {
+    options.codec = codec;
+    ExpectSameBits(Run(options, few), Run(options, few, client->get()));
+  }
 }
 
 TEST_F(ReplayTest, ClusteredWindowsStayNearFullAttention) {
@@ -335,8 +347,23 @@ TEST_F(ReplayTest, ClusteredWindowsStayNearFullAttention) {
   }
 }
 
+// Their values' remainders are kept and answered, too.
+TEST_F(ReplayTest, ClusteredWindowsAreAsNearUnderACoarseCodec) {
+  ReplayOptions options = Preset("default", 64);
+  options.window_tokens = 64;
+  const ReplayResult raw = Run(options);
+  options.codec = "k8v4";
+  const ReplayResult coded = Run(options);
+  for (int l = 0; l < 2; ++l) {
+    EXPECT_FALSE(!(coded.layers[l].output_error <= 1.1 * raw.layers[l].output_error)) << l;
+    EXPECT_EQ(coded.layers[l].selection_digest, raw.layers[l].selection_digest);
+    EXPECT_EQ(coded.layers[l].state_digest, raw.layers[l].state_digest);
+  }
+}
+
 TEST_F(ReplayTest, EveryHotCachePolicyAnswersTheSame) {
   ReplayOptions options = Preset("recall", 128);
+  options.codec = "k8v4";  // corrections are of what is hit and of what is missed alike
   const ReplayResult token_lru = Run(options);
   for (const auto policy : {v1::HOT_CACHE_POLICY_CLUSTER_LRU, v1::HOT_CACHE_POLICY_LAST_STEPS}) {
     options.hot_policy = policy;
