@@ -16,6 +16,11 @@ constexpr int64_t RecordFormatBytes(RecordFormat format, ElementType type, int64
                                        : 2 * head_dim * ElementBytes(type);
 }
 
+// Likewise of RecordCodec::RemainderBytes.
+constexpr int64_t RemainderFormatBytes(RecordFormat format, int64_t head_dim) {
+  return format == RecordFormat::kK8V4 ? head_dim / 2 : 0;
+}
+
 }  // namespace clusterkv::kernels
 
 #endif  // CLUSTERKV_KERNELS_CODEC_RECORD_FORMAT_H_

@@ -1,4 +1,5 @@
-// Index build: metric, k-means, cluster order, value means, balances, then codes and records.
+// Index build: metric, k-means, cluster order, value means, balances, then codes, records and
+// remainders.
 //
 //   metric    sums of keys and of their squared differences by run of tokens and channel
 //   k-means   kmeans_cuda.h, a problem per (head, segment), on rows weighted as they are read
@@ -345,9 +346,10 @@ __global__ void __launch_bounds__(kThreads)
                        channels + (1 + half) * p.head_dim, x,
                        works ? plan.part.codes.At(out) : nullptr);
   }
-  EncodeRecordHalf<kFormat>(
-      at, row, half, p.element_type, p.head_dim, works ? plan.part.records.At(out) : nullptr,
-      works && kFormat == RecordFormat::kK8V4 ? plan.part.remainders.At(out) : nullptr);
+  constexpr bool kRemains = kFormat == RecordFormat::kK8V4;
+  EncodeRecordHalf<kFormat>(at, row, half, p.element_type, p.head_dim,
+                            works ? plan.part.records.At(out) : nullptr,
+                            works && kRemains ? plan.part.remainders.At(out) : nullptr);
 }
 
 // ---- host

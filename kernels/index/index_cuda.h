@@ -32,7 +32,8 @@ struct IndexCudaParams {
   RecordFormat format = RecordFormat::kRaw;
 };
 
-// IndexInput. Rows and records are aligned to 16 bytes (records of k8v4 to 8, codes to 4).
+// IndexInput. Rows and records are aligned to 16 bytes (records of k8v4 to 8, codes and remainders
+// to 4).
 struct IndexCudaInput {
   // Element t is token (first_token + t)'s rows of all KV heads.
   DevicePagedView keys;

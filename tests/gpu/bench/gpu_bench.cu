@@ -421,6 +421,9 @@ void* ckv_index_create(int tokens, int code_bits, int k8v4, int layers) {
     part.records = MakePaged(RecordFormatBytes(p.format, p.element_type, kDim),
                              int64_t{kHeads} * tokens, &memory);
     part.channels = MakePaged(12 * kDim, kHeads, &memory);
+    if (const int64_t remainder_bytes = RemainderFormatBytes(p.format, kDim); remainder_bytes > 0) {
+      part.remainders = MakePaged(remainder_bytes, int64_t{kHeads} * tokens, &memory);
+    }
     bench->inputs.push_back(input);
     bench->parts.push_back(part);
     bench->from.push_back(Allocate<unsigned char>(bench->bytes));
