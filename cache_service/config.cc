@@ -312,7 +312,7 @@ const std::vector<ConfigField>& ConfigFields() {
       {"listen", "0.0.0.0:7400", "host:port (or unix:path) of the data port; port 0: any free one"},
       {"admin_listen", "0.0.0.0:7401", "host:port of admin, health and reflection"},
       {"metrics_listen", "", "host:port of Prometheus' /metrics; empty: none"},
-      {"device", "cpu", "what computes: cpu"},
+      {"device", "cpu", "what computes: cpu, cuda or cuda:N"},
       {"arena_bytes", "1GiB", "memory for KV and indices, allocated at start"},
       {"page_bytes", "32KiB", "a page of the arena: a power of two, 4KiB to 2MiB"},
       {"build_threads", "0", "threads that cluster; 0: all cores"},
@@ -416,8 +416,9 @@ absl::StatusOr<Config> ResolveConfig(const v1::ServerConfig& message, const Conf
   config.health_listen =
       check.Address("health_listen", message.health_listen(), "", /*unix_allowed=*/true);
   ResolveTls(message, check, &config.tls);
-  if (!message.device().empty() && message.device() != "cpu") {
-    check.Fail("device", "cpu", "\"" + message.device() + "\"");
+  if (!message.device().empty()) config.device = message.device();
+  if (!IsDeviceName(config.device)) {
+    check.Fail("device", "cpu, cuda or cuda:N", "\"" + config.device + "\"");
   }
   ResolveShard(message, check, &config.shard);
   config.spin = absl::Microseconds(check.Number("spin_us", message.spin_us(), 0, 0, 1'000'000));

@@ -36,6 +36,7 @@ struct Config {
   std::string metrics_listen;  // host:port; empty: no /metrics
   std::string health_listen;   // host:port or unix:path; empty: none
   TlsOptions tls;
+  std::string device = "cpu";  // as MakeShardDevice takes it
   ShardOptions shard;
   absl::Duration spin = absl::ZeroDuration();
   int network_threads = 0;  // 0: as gRPC chooses; process-wide, set by the program

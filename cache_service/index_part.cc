@@ -9,7 +9,10 @@
 
 namespace clusterkv::cache_service {
 
-IndexPart::~IndexPart() { account_->Free(MemoryUse::kParts, std::move(block_)); }
+IndexPart::~IndexPart() {
+  device_part_.reset();
+  account_->Free(MemoryUse::kParts, std::move(block_));
+}
 
 absl::StatusOr<std::shared_ptr<IndexPart>> IndexPart::Allocate(
     std::shared_ptr<MemoryAccount> account, const kernels::KvShape& shape,
@@ -36,12 +39,18 @@ int64_t IndexPart::TaskScratchBytes(const kernels::KvShape& shape,
   return segment * (3 * shape.head_dim * 4 + 16);
 }
 
-absl::Status IndexPart::Build(const kernels::IndexInput& input, kernels::ParallelFor parallel_for) {
+absl::Status IndexPart::Build(const kernels::IndexInput& input, kernels::ParallelFor parallel_for,
+                              ShardDevice* device) {
   const absl::Status status =
       kernels::BuildIndexPart(shape_, params_, codec_, input, mutable_view_, parallel_for);
   if (!status.ok()) return Error(v1::INTERNAL_ERROR, std::string(status.message()));
   block_.Seal();
   digest_ = kernels::IndexDigest(shape_, view_);
+  if (device == nullptr || !device->healthy()) return absl::OkStatus();
+  // What is not mirrored is answered by the host.
+  if (auto mirrored = device->Mirror(view_, block_.pages()); mirrored.ok()) {
+    device_part_ = *std::move(mirrored);
+  }
   return absl::OkStatus();
 }
 

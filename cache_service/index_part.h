@@ -13,6 +13,7 @@
 #include "absl/status/statusor.h"
 #include "cache_service/arena.h"
 #include "cache_service/memory_account.h"
+#include "cache_service/shard_device.h"
 #include "kernels/index/index.h"
 
 namespace clusterkv::cache_service {
@@ -37,9 +38,11 @@ class IndexPart {
   static int64_t TaskScratchBytes(const kernels::KvShape& shape, const kernels::IndexParams& params,
                                   int64_t tokens);
 
-  // Builds the index, seals the pages and takes the digest. Once.
+  // Builds the index, seals the pages and takes the digest; mirrors it on `device`, if that is
+  // neither null nor failed. Once.
   // Errors: INTERNAL_ERROR when the kernel refuses what this service gave it.
-  absl::Status Build(const kernels::IndexInput& input, kernels::ParallelFor parallel_for);
+  absl::Status Build(const kernels::IndexInput& input, kernels::ParallelFor parallel_for,
+                     ShardDevice* device);
 
   const kernels::IndexPartView& view() const { return view_; }
   const kernels::IndexParams& params() const { return params_; }
@@ -48,6 +51,8 @@ class IndexPart {
   // Of IndexDigest. REQUIRES: built.
   uint64_t digest() const { return digest_; }
   const PageBlock& block() const { return block_; }
+  // Null: the part is not on the device.
+  const DevicePart* device_part() const { return device_part_.get(); }
 
   // The record of a token. REQUIRES: first_token() <= position < end_token().
   int64_t RecordIndex(int64_t kv_head, int64_t position) const {
@@ -77,6 +82,7 @@ class IndexPart {
   kernels::MutableIndexPartView mutable_view_;
   kernels::IndexPartView view_;
   uint64_t digest_ = 0;
+  std::unique_ptr<DevicePart> device_part_;
 };
 
 }  // namespace clusterkv::cache_service

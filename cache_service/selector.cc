@@ -259,7 +259,7 @@ int64_t Selector::Work(const Item& item) {
 
 void Selector::Run(const std::shared_ptr<Batch>& batch, const std::vector<Item*>& items,
                    bool inline_ok) {
-  auto heads = std::make_shared<Heads>();
+  std::vector<Item*> on_host, on_device;
   for (Item* item : items) {
     const int64_t kv_heads = item->sequence->params().shape.kv_heads;
     item->answer->heads.resize(static_cast<size_t>(kv_heads));
@@ -267,6 +267,24 @@ void Selector::Run(const std::shared_ptr<Batch>& batch, const std::vector<Item*>
     if (RemainderBytes(item->sequence->params()) > 0) {
       item->answer->corrections.resize(static_cast<size_t>(kv_heads));
     }
+    (FitsDevice(*item) ? on_device : on_host).push_back(item);
+  }
+  if (!on_device.empty()) {
+    if (inline_ok && executors_.select_pool().Idle()) {
+      RunOnDevice(batch, on_device);
+    } else {
+      executors_.select_pool().Schedule(
+          [this, batch, on_device] { RunOnDevice(batch, on_device); });
+    }
+  }
+  if (!on_host.empty()) RunOnHost(batch, on_host, inline_ok);
+}
+
+void Selector::RunOnHost(const std::shared_ptr<Batch>& batch, const std::vector<Item*>& items,
+                         bool inline_ok) {
+  auto heads = std::make_shared<Heads>();
+  for (Item* item : items) {
+    const int64_t kv_heads = item->sequence->params().shape.kv_heads;
     item->head_status.resize(static_cast<size_t>(kv_heads));
     item->heads_left.store(kv_heads);
     for (int64_t head = 0; head < kv_heads; ++head) heads->emplace_back(item, head);
@@ -296,23 +314,84 @@ void Selector::Run(const std::shared_ptr<Batch>& batch, const std::vector<Item*>
 
 // --- working
 
-void Selector::RunHead(const std::shared_ptr<Batch>& batch, Item& item, int64_t head) {
+absl::Status Selector::CheckStart(Batch& batch, const Item& item) const {
   const absl::Time now = absl::Now();
   int64_t not_started = -1;
-  batch->started_us.compare_exchange_strong(
-      not_started, std::max<int64_t>(absl::ToInt64Microseconds(now - batch->created), 0));
-  absl::Status status = CheckContext(batch->context, now);
-  if (executors_.stopping()) status = ServerEnding();
-  if (status.ok() && item.sequence->ended()) {
-    const SequenceIdentity& identity = item.sequence->identity();
-    status = SequenceReleased(identity.name, identity.generation);
+  batch.started_us.compare_exchange_strong(
+      not_started, std::max<int64_t>(absl::ToInt64Microseconds(now - batch.created), 0));
+  CKV_RETURN_IF_ERROR(CheckContext(batch.context, now));
+  if (executors_.stopping()) return ServerEnding();
+  if (!item.sequence->ended()) return absl::OkStatus();
+  const SequenceIdentity& identity = item.sequence->identity();
+  return SequenceReleased(identity.name, identity.generation);
+}
+
+bool Selector::FitsDevice(const Item& item) const {
+  if (device_ == nullptr || !device_->healthy() || item.snapshot->parts.empty()) return false;
+  const LayerSnapshot& layer = *item.snapshot;
+  return device_->CanSelect(item.sequence->params().shape, item.select,
+                            layer.window_begin - layer.sink_tokens) &&
+         std::all_of(layer.parts.begin(), layer.parts.end(),
+                     [](const auto& part) { return part->device_part() != nullptr; });
+}
+
+void Selector::RunOnDevice(const std::shared_ptr<Batch>& batch, const std::vector<Item*>& items) {
+  std::vector<Item*> asked;
+  std::vector<DeviceSelectItem> device_items;
+  for (Item* item : items) {
+    if (absl::Status status = CheckStart(*batch, *item); !status.ok()) {
+      Finish(batch, *item, std::move(status));
+      continue;
+    }
+    const LayerSnapshot& layer = *item->snapshot;
+    const SequenceParams& params = item->sequence->params();
+    asked.push_back(item);
+    DeviceSelectItem& device_item = device_items.emplace_back();
+    device_item.shape = params.shape;
+    device_item.codes = params.index.codes;
+    device_item.select = item->select;
+    for (const auto& part : layer.parts) device_item.parts.push_back(part->device_part());
+    device_item.first_cluster = layer.first_cluster;
+    device_item.clustered_tokens = layer.window_begin - layer.sink_tokens;
+    if (layer.sinks != nullptr) {
+      device_item.sink_tokens = layer.sink_tokens;
+      device_item.sink_keys = layer.sinks->Keys(layer.sink_tokens);
+    }
+    device_item.queries = item->call.queries;
+    device_item.heads = item->answer->heads.data();
   }
+  if (asked.empty()) return;
+  device_->Select(absl::MakeSpan(device_items));
+  std::vector<Item*> left;  // for the host
+  for (size_t i = 0; i < asked.size(); ++i) {
+    Item& item = *asked[i];
+    if (!device_items[i].status.ok()) {
+      left.push_back(&item);
+      continue;
+    }
+    for (size_t head = 0; head < item.answer->heads.size(); ++head) {
+      item.answer->estimated_tokens[head] = TokensOfClusters(
+          *item.snapshot, static_cast<int64_t>(head), item.answer->heads[head].estimated_clusters);
+    }
+    counters_.device_selects.fetch_add(1);
+    Conclude(batch, item);
+  }
+  counters_.device_fallbacks.fetch_add(left.size());
+  if (!left.empty()) RunOnHost(batch, left, /*inline_ok=*/false);
+}
+
+void Selector::RunHead(const std::shared_ptr<Batch>& batch, Item& item, int64_t head) {
+  absl::Status status = CheckStart(*batch, item);
   if (status.ok()) status = SelectHead(item, head);
   item.head_status[static_cast<size_t>(head)] = std::move(status);
   if (item.heads_left.fetch_sub(1) != 1) return;
   for (const absl::Status& failed : item.head_status) {
     if (!failed.ok()) return Finish(batch, item, failed);
   }
+  Conclude(batch, item);
+}
+
+void Selector::Conclude(const std::shared_ptr<Batch>& batch, Item& item) {
   item.answer->window_begin = item.snapshot->window_begin;
   Finish(batch, item, item.residency != nullptr ? Recall(item) : absl::OkStatus());
 }

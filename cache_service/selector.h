@@ -2,7 +2,8 @@
 //
 // The way of an item: it is resolved (sequence or attachment, parameters, queries checked), enters
 // its residency's queue if it recalls, waits for the builds of its layer that were queued before
-// it, has its heads answered by whatever threads are free, takes its residency's step, and is done.
+// it, has its heads answered by whatever threads are free, or by the device, takes its residency's
+// step, and is done.
 // A batch is answered when its last item is done. An item's error is its own.
 //
 // Thread-safe. Holds no lock while it calls out.
@@ -27,11 +28,12 @@ class Selector {
  public:
   // Everything outlives the selector, and the selector what it was asked.
   Selector(const ShardOptions& options, SequenceStore* store, Attachments* attachments,
-           Executors* executors, ShardCounters* counters)
+           Executors* executors, ShardDevice* device, ShardCounters* counters)
       : options_(options),
         store_(*store),
         attachments_(*attachments),
         executors_(*executors),
+        device_(device),
         counters_(*counters) {}
 
   // As Shard::Select.
@@ -52,10 +54,19 @@ class Selector {
   // Multiplications that all heads of the item take, about.
   static int64_t Work(const Item& item);
   void Run(const std::shared_ptr<Batch>& batch, const std::vector<Item*>& items, bool inline_ok);
+  void RunOnHost(const std::shared_ptr<Batch>& batch, const std::vector<Item*>& items,
+                 bool inline_ok);
+  bool FitsDevice(const Item& item) const;
+  void RunOnDevice(const std::shared_ptr<Batch>& batch, const std::vector<Item*>& items);
+  // Whether work on the item may start now. Errors: its call is over, or its sequence, or the
+  // server.
+  absl::Status CheckStart(Batch& batch, const Item& item) const;
   void RunHead(const std::shared_ptr<Batch>& batch, Item& item, int64_t head);
   absl::Status SelectHead(Item& item, int64_t head);
   // What the records of the head's exact zone lack. The selection is there.
   absl::Status CorrectHead(Item& item, int64_t head);
+  // All heads are answered: the rest of the item.
+  void Conclude(const std::shared_ptr<Batch>& batch, Item& item);
   absl::Status Recall(Item& item);
   void Finish(const std::shared_ptr<Batch>& batch, Item& item, absl::Status status);
   // One of the batch's items is done, or all are queued: the last one answers.
@@ -65,6 +76,7 @@ class Selector {
   SequenceStore& store_;
   Attachments& attachments_;
   Executors& executors_;
+  ShardDevice* const device_;  // may be null
   ShardCounters& counters_;
 };
 

@@ -280,7 +280,15 @@ void Sequence::BuildPrompt(int64_t layer_index, kernels::ParallelFor parallel_fo
 absl::StatusOr<std::shared_ptr<const IndexPart>> Sequence::ClusterPrompt(
     const StoredRows& stored, absl::Span<const float> query_rms,
     kernels::ParallelFor parallel_for) {
-  if (stored.sinks != nullptr) stored.sinks->Seal();
+  if (stored.sinks != nullptr) {
+    stored.sinks->Seal();
+    if (services_.device != nullptr && services_.device->healthy()) {
+      for (const PageBlock& block : stored.sinks->blocks()) {
+        // A failure is the device's end, after which the host answers.
+        services_.device->Upload(block.pages()).IgnoreError();
+      }
+    }
+  }
   const int64_t first = sink_tokens(), tokens = params_.prompt_tokens - first;
   if (tokens == 0) return std::shared_ptr<const IndexPart>();
   CKV_ASSIGN_OR_RETURN(
@@ -290,7 +298,7 @@ absl::StatusOr<std::shared_ptr<const IndexPart>> Sequence::ClusterPrompt(
   input.keys = stored.staging->Keys(tokens);
   input.values = stored.staging->Values(tokens);
   if (params_.metric == v1::METRIC_BALANCED) input.query_rms = query_rms;
-  CKV_RETURN_IF_ERROR(part->Build(input, parallel_for));
+  CKV_RETURN_IF_ERROR(part->Build(input, parallel_for, services_.device));
   return part;
 }
 
@@ -326,7 +334,10 @@ void Sequence::BuildWindow(int64_t layer_index, kernels::ParallelFor parallel_fo
   input.inherited_channels = channels;
   if (channels == nullptr && params_.metric == v1::METRIC_BALANCED) input.query_rms = query_rms;
   absl::StatusOr<std::shared_ptr<const IndexPart>> part = window.part;
-  if (absl::Status status = window.part->Build(input, parallel_for); !status.ok()) part = status;
+  if (absl::Status status = window.part->Build(input, parallel_for, services_.device);
+      !status.ok()) {
+    part = status;
+  }
   window = Window();  // who is answered finds the memory free
   snapshot.reset();
   PublishBuild(layer_index, std::move(part), /*is_window=*/true);

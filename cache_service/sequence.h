@@ -71,6 +71,7 @@ struct SequenceServices {
   RoomMaker* room = nullptr;
   ShardCounters* counters = nullptr;
   CallCounter* calls = nullptr;
+  ShardDevice* device = nullptr;  // null: the host's processors
 };
 
 struct SequenceIdentity {

@@ -30,11 +30,11 @@ int64_t SteadyNow() {
 }
 
 SequenceStore::SequenceStore(const ShardOptions& options, uint64_t boot_id, Arena* arena,
-                             Executors* executors, ShardCounters* counters, CallCounter* calls,
-                             Gone gone)
+                             Executors* executors, ShardDevice* device, ShardCounters* counters,
+                             CallCounter* calls, Gone gone)
     : options_(options),
       boot_id_(boot_id),
-      services_{arena, executors, this, counters, calls},
+      services_{arena, executors, this, counters, calls, device},
       gone_(std::move(gone)),
       eviction_(RequiredPolicy("lru")) {}
 

@@ -37,7 +37,7 @@ class SequenceStore : public RoomMaker {
       std::function<void(const std::shared_ptr<Sequence>&, v1::SessionResponse::Notice::Kind)>;
 
   SequenceStore(const ShardOptions& options, uint64_t boot_id, Arena* arena, Executors* executors,
-                ShardCounters* counters, CallCounter* calls, Gone gone);
+                ShardDevice* device, ShardCounters* counters, CallCounter* calls, Gone gone);
 
   // Errors: INVALID_FIELD, BUDGET_ZERO, UNSUPPORTED, SEQUENCE_EXISTS, LIMIT_EXCEEDED, ARENA_FULL.
   absl::StatusOr<SequenceRef> Open(const v1::OpenSequenceRequest& request);

@@ -132,7 +132,9 @@ absl::Status Server::Impl::Start(const Config& config) {
 #endif
   });
   SetPollSpin(config.spin);
-  CKV_ASSIGN_OR_RETURN(shard, Shard::Create(config.shard));
+  CKV_ASSIGN_OR_RETURN(std::unique_ptr<ShardDevice> device, MakeShardDevice(config.device));
+  CKV_ASSIGN_OR_RETURN(shard, Shard::Create(config.shard, std::move(device)));
+  rpc.device = shard->device_name();
   drain_delay = config.drain_delay;
   drain_timeout = config.drain_timeout;
   rpc.shard = shard.get();

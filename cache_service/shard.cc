@@ -63,19 +63,21 @@ class Ticker {
 class ShardImpl : public Shard {
  public:
   ShardImpl(const ShardOptions& options, std::unique_ptr<Arena> arena,
-            std::unique_ptr<Executors> executors)
+            std::unique_ptr<ShardDevice> device, std::unique_ptr<Executors> executors)
       : options_(options),
         boot_id_(RandomId()),
         start_(absl::Now()),
         arena_(std::move(arena)),
+        device_(std::move(device)),
         executors_(std::move(executors)),
         sessions_(options.session_ttl),
         attachments_(options.max_attachments, options.residency_bytes, options.attachment_ttl),
-        store_(options, boot_id_, arena_.get(), executors_.get(), &counters_, &calls_,
+        store_(options, boot_id_, arena_.get(), executors_.get(), device_.get(), &counters_,
+               &calls_,
                [this](const std::shared_ptr<Sequence>& sequence, Notice::Kind kind) {
                  SequenceGone(sequence, kind);
                }),
-        selector_(options, &store_, &attachments_, executors_.get(), &counters_),
+        selector_(options, &store_, &attachments_, executors_.get(), device_.get(), &counters_),
         ticker_(std::make_unique<Ticker>(TickPeriod(options), [this] { Tick(); })) {}
 
   ~ShardImpl() override {
@@ -88,6 +90,7 @@ class ShardImpl : public Shard {
 
   uint64_t boot_id() const override { return boot_id_; }
   const ShardOptions& options() const override { return options_; }
+  std::string device_name() const override { return device_ == nullptr ? "cpu" : device_->name(); }
   int64_t page_bytes() const override { return arena_->page_bytes(); }
 
   // --- sequences
@@ -310,6 +313,7 @@ class ShardImpl : public Shard {
   CallCounter calls_;
   std::atomic<bool> draining_{false};
   std::unique_ptr<Arena> arena_;
+  std::unique_ptr<ShardDevice> device_;  // may be null
   std::unique_ptr<Executors> executors_;
   Sessions sessions_;
   Attachments attachments_;
@@ -390,13 +394,16 @@ v1::Stats ShardImpl::GetStats() {
 
 }  // namespace
 
-absl::StatusOr<std::unique_ptr<Shard>> Shard::Create(const ShardOptions& options) {
+absl::StatusOr<std::unique_ptr<Shard>> Shard::Create(const ShardOptions& options,
+                                                     std::unique_ptr<ShardDevice> device) {
   CKV_ASSIGN_OR_RETURN(std::unique_ptr<Arena> arena,
                        Arena::Create(options.arena_bytes, options.page_bytes));
+  if (device != nullptr) CKV_RETURN_IF_ERROR(device->Start(*arena, options.select_threads));
   CKV_ASSIGN_OR_RETURN(
       std::unique_ptr<Executors> executors,
       Executors::Create(options.build_threads, options.select_threads, BuildScratchBytes(options)));
-  return std::make_unique<ShardImpl>(options, std::move(arena), std::move(executors));
+  return std::make_unique<ShardImpl>(options, std::move(arena), std::move(device),
+                                     std::move(executors));
 }
 
 }  // namespace clusterkv::cache_service

@@ -30,6 +30,7 @@
 #include "cache_service/arena.h"
 #include "cache_service/call_context.h"
 #include "cache_service/presets.h"
+#include "cache_service/shard_device.h"
 #include "clusterkv/v1/admin_service.pb.h"
 #include "clusterkv/v1/cache_service.pb.h"
 #include "clusterkv/v1/session_service.pb.h"
@@ -105,14 +106,18 @@ struct SelectBatchAnswer {
 
 class Shard {
  public:
-  // Errors: InvalidArgument, ResourceExhausted as Arena::Create.
-  static absl::StatusOr<std::unique_ptr<Shard>> Create(const ShardOptions& options);
+  // `device`, if there is one, is started here, and computes what it can.
+  // Errors: InvalidArgument, ResourceExhausted as Arena::Create; as ShardDevice::Start.
+  static absl::StatusOr<std::unique_ptr<Shard>> Create(
+      const ShardOptions& options, std::unique_ptr<ShardDevice> device = nullptr);
   // Waits for running work; queued work is answered CANCELLED.
   // REQUIRES: no pins of an answer are alive.
   virtual ~Shard() = default;
 
   virtual uint64_t boot_id() const = 0;
   virtual const ShardOptions& options() const = 0;
+  // "cpu", "cuda:0".
+  virtual std::string device_name() const = 0;
   virtual int64_t page_bytes() const = 0;
 
   // --- sequences

@@ -28,6 +28,8 @@ class LatencyHistogram {
 struct ShardCounters {
   std::atomic<uint64_t> selects{0}, recalled_tokens{0}, recalled_bytes{0}, state_bytes{0};
   std::atomic<uint64_t> hits{0}, misses{0}, ingested_bytes{0}, evictions{0};
+  // Answered by the device; meant for it and answered by the host.
+  std::atomic<uint64_t> device_selects{0}, device_fallbacks{0};
   std::atomic<uint64_t> link_fallbacks{0};         // to grpc, for want of a better link
   std::array<std::atomic<uint64_t>, 64> errors{};  // by reason
   LatencyHistogram select_latency;
