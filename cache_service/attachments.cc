@@ -140,7 +140,8 @@ absl::Status LayerResidency::CreateCaches() {
 
 absl::Status LayerResidency::Resolve(uint64_t step, bool reset,
                                      const std::vector<kernels::HeadSelection>& selections,
-                                     std::vector<std::vector<int32_t>>* misses, int64_t* hits) {
+                                     std::vector<std::vector<int32_t>>* misses,
+                                     std::vector<std::vector<int32_t>>* miss_slots, int64_t* hits) {
   absl::MutexLock lock(&mutex_);
   CKV_RETURN_IF_ERROR(CheckStepLocked(step, reset));
   for (const kernels::HeadSelection& selection : selections) {
@@ -151,6 +152,7 @@ absl::Status LayerResidency::Resolve(uint64_t step, bool reset,
   }
   if (caches_.empty()) CKV_RETURN_IF_ERROR(CreateCaches());
   misses->assign(selections.size(), {});
+  miss_slots->assign(selections.size(), {});
   std::vector<int32_t> slots;
   std::vector<uint8_t> hit;
   for (size_t head = 0; head < selections.size(); ++head) {
@@ -166,7 +168,9 @@ absl::Status LayerResidency::Resolve(uint64_t step, bool reset,
         absl::MakeSpan(slots), absl::MakeSpan(hit));
     CKV_CHECK(status.ok()) << status;
     for (size_t i = 0; i < hit.size(); ++i) {
-      if (hit[i] == 0) (*misses)[head].push_back(static_cast<int32_t>(i));
+      if (hit[i] != 0) continue;
+      (*misses)[head].push_back(static_cast<int32_t>(i));
+      (*miss_slots)[head].push_back(slots[i]);
     }
     *hits += static_cast<int64_t>(hit.size() - (*misses)[head].size());
   }

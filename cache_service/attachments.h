@@ -58,13 +58,14 @@ class LayerResidency {
   // OK if `step` is the next one, or starts anew. Errors: RESIDENCY_STALE with expectedStep.
   absl::Status CheckStep(uint64_t step, bool reset) const;
   // Takes the step for every KV head: misses[h] are the positions that the worker lacks, as
-  // indices into selections[h].positions; and counts hits. Clusters are given to the caches where
-  // the policy wants them.
+  // indices into selections[h].positions, and slots[h] where it keeps them; and counts hits.
+  // Clusters are given to the caches where the policy wants them.
   // Errors: as CheckStep; LIMIT_EXCEEDED, naming residency_bytes; INTERNAL_ERROR when a selection
   // is larger than step_tokens. Nothing is changed then.
   absl::Status Resolve(uint64_t step, bool reset,
                        const std::vector<kernels::HeadSelection>& selections,
-                       std::vector<std::vector<int32_t>>* misses, int64_t* hits);
+                       std::vector<std::vector<int32_t>>* misses,
+                       std::vector<std::vector<int32_t>>* slots, int64_t* hits);
 
  private:
   absl::Status CheckStepLocked(uint64_t step, bool reset) const
@@ -95,6 +96,19 @@ struct Attachment {
   const kernels::HotCacheParams hot_cache;
   const uint64_t session_id;  // 0: none
   std::atomic<int64_t> last_use_ns;
+
+  // The link that records take, with the layout of the worker's window. Null: gRPC.
+  struct LinkInUse {
+    std::shared_ptr<RecordLink> link;
+    uint32_t generation = 0;
+    int64_t layer_bytes = 0, head_bytes = 0;  // PEER: of v1::PeerWindow
+  };
+  LinkInUse CurrentLink() const {
+    absl::MutexLock lock(&link_mutex);
+    return link_in_use;
+  }
+  mutable absl::Mutex link_mutex;
+  LinkInUse link_in_use ABSL_GUARDED_BY(link_mutex);
   std::vector<std::unique_ptr<LayerResidency>> layers;  // [layers]
 };
 

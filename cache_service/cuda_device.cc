@@ -14,9 +14,13 @@
 #include "absl/base/thread_annotations.h"
 #include "absl/strings/str_cat.h"
 #include "absl/synchronization/mutex.h"
+#include "cache_service/cuda_links.h"
 #include "cache_service/range_allocator.h"
 #include "kernels/base/check.h"
 #include "kernels/base/status_macros.h"
+#include "kernels/codec/record_format.h"
+#include "kernels/comm/nccl_comm.h"
+#include "kernels/index/index_cuda.h"
 #include "kernels/index/index_view_cuda.h"
 #include "kernels/runtime/device.h"
 #include "kernels/select/select_cuda.h"
@@ -43,6 +47,8 @@ constexpr int64_t kUploadBytes = 4 << 20;  // of each of the upload's two buffer
 constexpr int64_t kInputBytes = 8 << 20;   // of a lane: pairs, parts, queries
 constexpr int64_t kOutputBytes = 16 << 20;
 constexpr int64_t kWorkspaceBytes = 64 << 20;
+// Of builds, which run one after the other: at least this, or a sixteenth of the arena.
+constexpr int64_t kMinBuildBytes = 256 << 20;
 constexpr int kMaxLanes = 4;
 // Of the kernel (select_cuda.h).
 constexpr int64_t kMaxBudgetTokens = 65535, kMaxScoredTokens = 65535;
@@ -67,7 +73,8 @@ struct Lane {
   DeviceBuffer input, output, workspace;
 };
 
-// Host memory to the device through two pinned buffers, the one filled while the other is sent.
+// Host memory to the device and back, through two pinned buffers: while the one is filled or
+// emptied the other is under way.
 class Uploader {
  public:
   absl::Status Start(int device) {
@@ -98,6 +105,45 @@ class Uploader {
   absl::Status Finish() {
     CKV_RETURN_IF_ERROR(Send());
     return stream_->Synchronize();
+  }
+  cudaStream_t stream() const { return stream_->get(); }
+  // Sends what was added; what is launched on stream() from now on finds it there.
+  absl::Status Flush() { return Send(); }
+
+  // Copies the pages' contents from `device` to `host` (both arenas' bases), after all that was
+  // launched on stream(). Blocks.
+  absl::Status Fetch(absl::Span<const uint32_t> pages, int64_t page_bytes, const std::byte* device,
+                     std::byte* host) {
+    const auto per_buffer = static_cast<size_t>(kUploadBytes / page_bytes);
+    std::array<absl::Span<const uint32_t>, 2> coming;
+    while (!pages.empty() || !coming[0].empty() || !coming[1].empty()) {
+      Buffer& buffer = buffers_[current_];
+      absl::Span<const uint32_t>& batch = coming[current_];
+      if (!batch.empty()) {
+        CKV_RETURN_IF_ERROR(buffer.sent->Synchronize());
+        const std::byte* from = buffer.pinned.data();
+        for (uint32_t page : batch) {
+          std::memcpy(host + page * page_bytes, from, static_cast<size_t>(page_bytes));
+          from += page_bytes;
+        }
+      }
+      batch = pages.first(std::min(per_buffer, pages.size()));
+      pages.remove_prefix(batch.size());
+      std::byte* to = buffer.pinned.data();
+      for (size_t i = 0; i < batch.size();) {
+        size_t end = i + 1;
+        while (end < batch.size() && batch[end] == batch[end - 1] + 1) ++end;
+        const size_t bytes = (end - i) * static_cast<size_t>(page_bytes);
+        CKV_RETURN_IF_ERROR(CudaStatus(cudaMemcpyAsync(to, device + batch[i] * page_bytes, bytes,
+                                                       cudaMemcpyDeviceToHost, stream_->get()),
+                                       "download"));
+        to += bytes;
+        i = end;
+      }
+      CKV_RETURN_IF_ERROR(buffer.sent->Record(stream_->get()));
+      current_ = 1 - current_;
+    }
+    return absl::OkStatus();
   }
 
  private:
@@ -148,11 +194,34 @@ class Uploader {
 
 class CudaDevice;
 
-struct CudaPart : DevicePart {
+struct CudaPart : CudaPartBase {
   ~CudaPart() override;
   CudaDevice* device = nullptr;
   int64_t list_begin = 0, list_bytes = 0;  // of the page numbers, in the device's lists
-  DeviceIndexPart part;
+};
+
+constexpr int kMaxLinks = 64;
+constexpr int64_t kMaxMessageBytes = 64 << 20;
+
+// Counts a link of the device while it lives.
+class CountedLink : public RecordLink {
+ public:
+  CountedLink(std::unique_ptr<RecordLink> link, std::atomic<int>* links)
+      : link_(std::move(link)), links_(*links) {}
+  ~CountedLink() override {
+    link_.reset();
+    links_.fetch_sub(1);
+  }
+  v1::Link kind() const override { return link_->kind(); }
+  bool ready() const override { return link_->ready(); }
+  std::string failure() const override { return link_->failure(); }
+  absl::Status Send(absl::Span<const LinkRecord> records, int64_t record_bytes) override {
+    return link_->Send(records, record_bytes);
+  }
+
+ private:
+  std::unique_ptr<RecordLink> link_;
+  std::atomic<int>& links_;
 };
 
 class CudaDevice : public ShardDevice {
@@ -165,9 +234,14 @@ class CudaDevice : public ShardDevice {
   absl::Status Upload(absl::Span<const uint32_t> pages) override;
   absl::StatusOr<std::unique_ptr<DevicePart>> Mirror(const IndexPartView& view,
                                                      absl::Span<const uint32_t> pages) override;
+  absl::StatusOr<std::unique_ptr<DevicePart>> Build(const DeviceBuild& build) override;
   bool CanSelect(const kernels::KvShape& shape, const kernels::SelectParams& select,
                  int64_t clustered_tokens) const override;
   void Select(absl::Span<DeviceSelectItem> items) override;
+
+  std::string WhyNoLink(v1::Link kind) const override;
+  absl::StatusOr<std::unique_ptr<RecordLink>> Connect(const LinkSetup& setup,
+                                                      std::string* unique_id) override;
 
   void FreeList(int64_t begin, int64_t bytes) {
     absl::MutexLock lock(&lists_mutex_);
@@ -178,6 +252,10 @@ class CudaDevice : public ShardDevice {
   // Items whose parameters are the same, so that one launch answers them.
   using Group = std::vector<DeviceSelectItem*>;
 
+  // The part's arrays as kernels see them; null when there is no room for its page numbers.
+  std::unique_ptr<CudaPart> MakePart(const IndexPartView& view, absl::Span<const uint32_t> pages);
+  absl::Status RunBuild(const DeviceBuild& build, const kernels::IndexCudaParams& params,
+                        const CudaPart& part);
   absl::Status UploadPages(Uploader& uploader, absl::Span<const uint32_t> pages) const;
   // Notes a fault and gives it on.
   absl::Status Note(absl::Status status) {
@@ -196,6 +274,7 @@ class CudaDevice : public ShardDevice {
   const int ordinal_;
   const std::string name_;
   std::atomic<bool> healthy_{true};
+  std::atomic<int> links_{0};
   const Arena* host_ = nullptr;
   DeviceBuffer arena_;
   DeviceBuffer lists_;  // page numbers of all parts
@@ -203,6 +282,7 @@ class CudaDevice : public ShardDevice {
   std::optional<RangeAllocator> list_ranges_ ABSL_GUARDED_BY(lists_mutex_);
   absl::Mutex upload_mutex_;
   Uploader uploader_ ABSL_GUARDED_BY(upload_mutex_);
+  DeviceBuffer build_workspace_ ABSL_GUARDED_BY(upload_mutex_);
   std::vector<Lane> lanes_;
   absl::Mutex lanes_mutex_;
   std::vector<Lane*> free_lanes_ ABSL_GUARDED_BY(lanes_mutex_);
@@ -217,6 +297,7 @@ CudaPart::~CudaPart() {
 absl::Status CudaDevice::Start(const Arena& arena, int lanes) {
   const ScopedDevice scoped(ordinal_);
   host_ = &arena;
+  (void)kernels::NcclComm::Available();  // loads the library now, not under a call
   CKV_ASSIGN_OR_RETURN(arena_,
                        DeviceBuffer::Create(ordinal_, arena.total_pages() * arena.page_bytes()));
   // Every page is in one list at most; the rest is for rounding.
@@ -229,6 +310,9 @@ absl::Status CudaDevice::Start(const Arena& arena, int lanes) {
   {
     absl::MutexLock lock(&upload_mutex_);
     CKV_RETURN_IF_ERROR(uploader_.Start(ordinal_));
+    CKV_ASSIGN_OR_RETURN(
+        build_workspace_,
+        DeviceBuffer::Create(ordinal_, std::max(kMinBuildBytes, arena_.bytes() / 16)));
   }
   lanes_.resize(static_cast<size_t>(std::clamp(lanes, 1, kMaxLanes)));
   for (Lane& lane : lanes_) {
@@ -261,16 +345,15 @@ absl::Status CudaDevice::Upload(absl::Span<const uint32_t> pages) {
   return Note(uploader_.Finish());
 }
 
-absl::StatusOr<std::unique_ptr<DevicePart>> CudaDevice::Mirror(const IndexPartView& view,
-                                                               absl::Span<const uint32_t> pages) {
-  const ScopedDevice scoped(ordinal_);
+std::unique_ptr<CudaPart> CudaDevice::MakePart(const IndexPartView& view,
+                                               absl::Span<const uint32_t> pages) {
   auto part = std::make_unique<CudaPart>();
   part->device = this;
   const auto list_bytes = static_cast<int64_t>(pages.size() * sizeof(uint32_t));
   {
     absl::MutexLock lock(&lists_mutex_);
     const std::optional<int64_t> begin = list_ranges_->Allocate(list_bytes);
-    if (!begin.has_value()) return std::unique_ptr<DevicePart>();
+    if (!begin.has_value()) return nullptr;
     part->list_begin = *begin;
     part->list_bytes = list_bytes;
   }
@@ -292,12 +375,115 @@ absl::StatusOr<std::unique_ptr<DevicePart>> CudaDevice::Mirror(const IndexPartVi
   device_part.codes = view_of(view.codes);
   device_part.records = view_of(view.records);
   device_part.channels = view_of(view.channels);
+  return part;
+}
+
+absl::StatusOr<std::unique_ptr<DevicePart>> CudaDevice::Mirror(const IndexPartView& view,
+                                                               absl::Span<const uint32_t> pages) {
+  const ScopedDevice scoped(ordinal_);
+  std::unique_ptr<CudaPart> part = MakePart(view, pages);
+  if (part == nullptr) return std::unique_ptr<DevicePart>();
   absl::MutexLock lock(&upload_mutex_);
   CKV_RETURN_IF_ERROR(
-      Note(uploader_.Add(lists_.data() + part->list_begin, pages.data(), list_bytes)));
+      Note(uploader_.Add(lists_.data() + part->list_begin, pages.data(), part->list_bytes)));
   CKV_RETURN_IF_ERROR(Note(UploadPages(uploader_, pages)));
   CKV_RETURN_IF_ERROR(Note(uploader_.Finish()));
   return std::unique_ptr<DevicePart>(std::move(part));
+}
+
+// --- build
+
+std::optional<kernels::RecordFormat> FormatOf(const kernels::RecordCodec& codec) {
+  if (codec.name() == "raw") return kernels::RecordFormat::kRaw;
+  if (codec.name() == "k8v4") return kernels::RecordFormat::kK8V4;
+  return std::nullopt;
+}
+
+// Pages of an array of rows.
+absl::Span<const uint32_t> PagesOf(const PagedView& rows) {
+  return absl::MakeConstSpan(rows.pages, static_cast<size_t>(kernels::PagesFor(
+                                             rows.size, rows.element_bytes, rows.page_bytes)));
+}
+
+absl::StatusOr<std::unique_ptr<DevicePart>> CudaDevice::Build(const DeviceBuild& build) {
+  const auto leave = [](const char* why) { return absl::UnavailableError(why); };
+  const std::optional<kernels::RecordFormat> format = FormatOf(*build.codec);
+  const int64_t tokens = build.part.tokens;
+  if (!format.has_value()) return leave("no kernel for this codec");
+  if (build.params.split_over > 0) return leave("no kernel that splits clusters");
+  if (build.params.init != kernels::KMeansInit::kStride) return leave("a random start");
+  if (build.input->inherited_channels != nullptr && build.inherited == nullptr) {
+    return leave("the first part is not on the device");
+  }
+  kernels::IndexCudaParams params;
+  params.kv_heads = static_cast<int32_t>(build.shape.kv_heads);
+  params.head_dim = static_cast<int32_t>(build.shape.head_dim);
+  params.element_type = build.shape.element_type;
+  params.tokens_per_cluster =
+      static_cast<int32_t>(std::min<int64_t>(build.params.tokens_per_cluster, INT32_MAX));
+  params.segment_tokens =
+      static_cast<int32_t>(std::min<int64_t>(build.params.segment_tokens, INT32_MAX));
+  params.iterations = build.params.iterations;
+  params.code_bits = build.params.codes.bits;
+  params.group_channels = build.params.codes.group_channels;
+  params.format = *format;
+  if (kernels::IndexCudaClusters(params, tokens) != build.part.clusters) {
+    return leave("other clusters than the part has");
+  }
+  const ScopedDevice scoped(ordinal_);
+  std::unique_ptr<CudaPart> part = MakePart(build.part, build.pages);
+  if (part == nullptr) return leave("no room for the part's page numbers");
+  CKV_RETURN_IF_ERROR(RunBuild(build, params, *part));
+  return std::unique_ptr<DevicePart>(std::move(part));
+}
+
+absl::Status CudaDevice::RunBuild(const DeviceBuild& build, const kernels::IndexCudaParams& params,
+                                  const CudaPart& part) {
+  const kernels::IndexInput& from = *build.input;
+  absl::MutexLock lock(&upload_mutex_);
+  // The rows' page numbers and the queries' RMS lie before the kernels' own memory.
+  Bump bump;
+  const absl::Span<const uint32_t> key_pages = PagesOf(from.keys),
+                                   value_pages = PagesOf(from.values);
+  const int64_t keys_at = bump.Take(static_cast<int64_t>(key_pages.size()) * 4);
+  const int64_t values_at = bump.Take(static_cast<int64_t>(value_pages.size()) * 4);
+  const int64_t rms_at = bump.Take(static_cast<int64_t>(from.query_rms.size()) * 4);
+  const int64_t workspace_bytes = kernels::IndexCudaWorkspaceBytes(params, build.part.tokens);
+  if (workspace_bytes == 0 || bump.used() + workspace_bytes > build_workspace_.bytes()) {
+    return absl::UnavailableError("beyond what the device's kernels take");
+  }
+  std::byte* const scratch = build_workspace_.data();
+  const auto rows = [&](const PagedView& view, int64_t list_at) {
+    return kernels::MakeDevicePagedView(arena_.data(),
+                                        reinterpret_cast<const uint32_t*>(scratch + list_at),
+                                        view.page_bytes, view.element_bytes);
+  };
+  const auto add = [&](std::byte* to, const void* data, size_t bytes) {
+    return Note(uploader_.Add(to, data, static_cast<int64_t>(bytes)));
+  };
+  CKV_RETURN_IF_ERROR(add(scratch + keys_at, key_pages.data(), key_pages.size() * 4));
+  CKV_RETURN_IF_ERROR(add(scratch + values_at, value_pages.data(), value_pages.size() * 4));
+  CKV_RETURN_IF_ERROR(add(scratch + rms_at, from.query_rms.data(), from.query_rms.size() * 4));
+  CKV_RETURN_IF_ERROR(
+      add(lists_.data() + part.list_begin, build.pages.data(), build.pages.size() * 4));
+  CKV_RETURN_IF_ERROR(Note(UploadPages(uploader_, key_pages)));
+  CKV_RETURN_IF_ERROR(Note(UploadPages(uploader_, value_pages)));
+  CKV_RETURN_IF_ERROR(Note(uploader_.Flush()));
+  kernels::IndexCudaInput input;
+  input.keys = rows(from.keys, keys_at);
+  input.values = rows(from.values, values_at);
+  if (!from.query_rms.empty()) input.query_rms = reinterpret_cast<const float*>(scratch + rms_at);
+  if (from.inherited_channels != nullptr) {
+    input.inherits_channels = true;
+    input.inherited_channels = static_cast<const CudaPart*>(build.inherited)->part.channels;
+  }
+  const cudaError_t launched = kernels::LaunchBuildIndexPart(
+      params, input, part.part, scratch + bump.used(), uploader_.stream());
+  if (launched == cudaErrorInvalidValue) {  // nothing ran
+    return absl::UnavailableError("parameters that the device's kernels do not take");
+  }
+  CKV_RETURN_IF_ERROR(Note(CudaStatus(launched, "build")));
+  return Note(uploader_.Fetch(build.pages, host_->page_bytes(), arena_.data(), host_->base()));
 }
 
 // --- select
@@ -567,6 +753,37 @@ absl::Status CudaDevice::RunBatch(Lane& lane, absl::Span<DeviceSelectItem* const
     }
   }
   return absl::OkStatus();
+}
+
+// --- links
+
+std::string CudaDevice::WhyNoLink(v1::Link kind) const {
+  if (!healthy()) return "this server's GPU device failed";
+  if (kind == v1::LINK_PEER) return "";
+  if (kind == v1::LINK_NCCL) return std::string(kernels::NcclComm::Available().message());
+  return "unknown to this server";
+}
+
+absl::StatusOr<std::unique_ptr<RecordLink>> CudaDevice::Connect(const LinkSetup& setup,
+                                                                std::string* unique_id) {
+  const ScopedDevice scoped(ordinal_);
+  if (std::string why = WhyNoLink(setup.kind); !why.empty()) return absl::UnavailableError(why);
+  if (setup.max_message_bytes > kMaxMessageBytes) {
+    return absl::ResourceExhaustedError(absl::StrCat(
+        "messages: expected at most ", kMaxMessageBytes, " bytes, got ", setup.max_message_bytes));
+  }
+  if (links_.fetch_add(1) >= kMaxLinks) {
+    links_.fetch_sub(1);
+    return absl::ResourceExhaustedError(absl::StrCat("links: at most ", kMaxLinks));
+  }
+  absl::StatusOr<std::unique_ptr<RecordLink>> link =
+      setup.kind == v1::LINK_PEER ? ConnectPeerLink(ordinal_, setup)
+                                  : ConnectNcclLink(ordinal_, setup, unique_id);
+  if (!link.ok()) {
+    links_.fetch_sub(1);
+    return link.status();
+  }
+  return std::unique_ptr<RecordLink>(std::make_unique<CountedLink>(*std::move(link), &links_));
 }
 
 }  // namespace

@@ -40,13 +40,21 @@ int64_t IndexPart::TaskScratchBytes(const kernels::KvShape& shape,
 }
 
 absl::Status IndexPart::Build(const kernels::IndexInput& input, kernels::ParallelFor parallel_for,
-                              ShardDevice* device) {
-  const absl::Status status =
-      kernels::BuildIndexPart(shape_, params_, codec_, input, mutable_view_, parallel_for);
-  if (!status.ok()) return Error(v1::INTERNAL_ERROR, std::string(status.message()));
+                              ShardDevice* device, const IndexPart* first) {
+  if (device != nullptr && !device->healthy()) device = nullptr;
+  if (device != nullptr) {
+    DeviceBuild build{shape_, params_, &codec_, &input, nullptr, mutable_view_, block_.pages()};
+    if (first != nullptr) build.inherited = first->device_part();
+    if (auto built = device->Build(build); built.ok()) device_part_ = *std::move(built);
+  }
+  if (device_part_ == nullptr) {
+    const absl::Status status =
+        kernels::BuildIndexPart(shape_, params_, codec_, input, mutable_view_, parallel_for);
+    if (!status.ok()) return Error(v1::INTERNAL_ERROR, std::string(status.message()));
+  }
   block_.Seal();
   digest_ = kernels::IndexDigest(shape_, view_);
-  if (device == nullptr || !device->healthy()) return absl::OkStatus();
+  if (device == nullptr || device_part_ != nullptr || !device->healthy()) return absl::OkStatus();
   // What is not mirrored is answered by the host.
   if (auto mirrored = device->Mirror(view_, block_.pages()); mirrored.ok()) {
     device_part_ = *std::move(mirrored);

@@ -38,11 +38,11 @@ class IndexPart {
   static int64_t TaskScratchBytes(const kernels::KvShape& shape, const kernels::IndexParams& params,
                                   int64_t tokens);
 
-  // Builds the index, seals the pages and takes the digest; mirrors it on `device`, if that is
-  // neither null nor failed. Once.
+  // Builds the index, seals the pages and takes the digest; on `device` too, if that is neither
+  // null nor failed. `first` is the part whose channels the input inherits, or null. Once.
   // Errors: INTERNAL_ERROR when the kernel refuses what this service gave it.
   absl::Status Build(const kernels::IndexInput& input, kernels::ParallelFor parallel_for,
-                     ShardDevice* device);
+                     ShardDevice* device, const IndexPart* first);
 
   const kernels::IndexPartView& view() const { return view_; }
   const kernels::IndexParams& params() const { return params_; }

@@ -449,10 +449,10 @@ absl::Status Selector::CorrectHead(Item& item, int64_t head) {
 absl::Status Selector::Recall(Item& item) {
   SelectAnswer& answer = *item.answer;
   auto pins = std::make_shared<RecordPins>(item.sequence, item.snapshot, options_.verify_recalls);
-  std::vector<std::vector<int32_t>> misses;
+  std::vector<std::vector<int32_t>> misses, slots;
   int64_t hits = 0;
   CKV_RETURN_IF_ERROR(item.residency->Resolve(item.call.step, item.call.reset_residency,
-                                              answer.heads, &misses, &hits));
+                                              answer.heads, &misses, &slots, &hits));
   // From here on an error leaves worker and residency apart: the worker's next step is refused as
   // stale, and it starts anew.
   answer.recalls.resize(answer.heads.size());
@@ -472,7 +472,44 @@ absl::Status Selector::Recall(Item& item) {
   }
   answer.hits = hits;
   answer.pins = std::move(pins);
+  SendByLink(item, misses, slots);
   return absl::OkStatus();
+}
+
+void Selector::SendByLink(Item& item, const std::vector<std::vector<int32_t>>& misses,
+                          const std::vector<std::vector<int32_t>>& slots) {
+  const Attachment::LinkInUse in_use = item.attachment->CurrentLink();
+  if (in_use.link == nullptr || !in_use.link->ready()) return;
+  const LayerSnapshot& layer = *item.snapshot;
+  SelectAnswer& answer = *item.answer;
+  const bool to_slots = in_use.link->kind() == v1::LINK_PEER;
+  std::vector<LinkRecord> records;
+  records.reserve(static_cast<size_t>(answer.misses));
+  for (size_t head = 0; head < misses.size(); ++head) {
+    const HeadSelection& selection = answer.heads[head];
+    const int64_t head_at =
+        item.call.layer * in_use.layer_bytes + static_cast<int64_t>(head) * in_use.head_bytes;
+    for (size_t i = 0; i < misses[head].size(); ++i) {
+      const auto at = static_cast<size_t>(misses[head][i]);
+      const auto part = static_cast<size_t>(selection.parts[at]);
+      LinkRecord& record = records.emplace_back();
+      record.part = layer.parts[part]->device_part();
+      if (record.part == nullptr) return;  // it is with the host alone
+      record.index = static_cast<int64_t>(head) * layer.views[part].tokens + selection.slots[at];
+      record.destination = to_slots
+                               ? head_at + slots[head][i] * answer.record_bytes
+                               : static_cast<int64_t>(records.size() - 1) * answer.record_bytes;
+    }
+  }
+  if (const absl::Status sent = in_use.link->Send(records, answer.record_bytes); !sent.ok()) {
+    counters_.link_fallbacks.fetch_add(1);  // the worker gets the bytes
+    return;
+  }
+  counters_.link_bytes.fetch_add(static_cast<uint64_t>(answer.misses * answer.record_bytes));
+  answer.by_link = true;
+  answer.link_generation = in_use.generation;
+  for (HeadRecall& recall : answer.recalls) recall.records.clear();
+  answer.pins.reset();
 }
 
 void Selector::Finish(const std::shared_ptr<Batch>& batch, Item& item, absl::Status status) {

@@ -68,6 +68,10 @@ class Selector {
   // All heads are answered: the rest of the item.
   void Conclude(const std::shared_ptr<Batch>& batch, Item& item);
   absl::Status Recall(Item& item);
+  // Sends the misses over the attachment's link, if there is one that can; else they stay in the
+  // answer.
+  void SendByLink(Item& item, const std::vector<std::vector<int32_t>>& misses,
+                  const std::vector<std::vector<int32_t>>& slots);
   void Finish(const std::shared_ptr<Batch>& batch, Item& item, absl::Status status);
   // One of the batch's items is done, or all are queued: the last one answers.
   void CountDown(const std::shared_ptr<Batch>& batch);

@@ -298,7 +298,7 @@ absl::StatusOr<std::shared_ptr<const IndexPart>> Sequence::ClusterPrompt(
   input.keys = stored.staging->Keys(tokens);
   input.values = stored.staging->Values(tokens);
   if (params_.metric == v1::METRIC_BALANCED) input.query_rms = query_rms;
-  CKV_RETURN_IF_ERROR(part->Build(input, parallel_for, services_.device));
+  CKV_RETURN_IF_ERROR(part->Build(input, parallel_for, services_.device, nullptr));
   return part;
 }
 
@@ -334,7 +334,8 @@ void Sequence::BuildWindow(int64_t layer_index, kernels::ParallelFor parallel_fo
   input.inherited_channels = channels;
   if (channels == nullptr && params_.metric == v1::METRIC_BALANCED) input.query_rms = query_rms;
   absl::StatusOr<std::shared_ptr<const IndexPart>> part = window.part;
-  if (absl::Status status = window.part->Build(input, parallel_for, services_.device);
+  const IndexPart* first = channels == nullptr ? nullptr : snapshot->parts.front().get();
+  if (absl::Status status = window.part->Build(input, parallel_for, services_.device, first);
       !status.ok()) {
     part = status;
   }

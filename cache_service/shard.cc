@@ -18,6 +18,7 @@
 #include "cache_service/sequence_store.h"
 #include "cache_service/sessions.h"
 #include "cache_service/shard_counters.h"
+#include "kernels/base/host_id.h"
 #include "kernels/base/status_macros.h"
 
 namespace clusterkv::cache_service {
@@ -169,6 +170,21 @@ class ShardImpl : public Shard {
   // --- decode
 
   absl::StatusOr<v1::AttachResponse> Attach(const v1::AttachRequest& request) override;
+
+  std::string WhyNoLink(v1::Link link, const std::string& host) const override {
+    const std::string name = link == v1::LINK_PEER   ? "peer"
+                             : link == v1::LINK_NCCL ? "nccl"
+                                                     : absl::StrCat("link ", int{link});
+    if (device_ == nullptr && (link == v1::LINK_PEER || link == v1::LINK_NCCL)) {
+      return name + ": this server has no GPU device";
+    }
+    std::string why = device_ == nullptr ? "unknown to this server" : device_->WhyNoLink(link);
+    if (why.empty() && link == v1::LINK_PEER && host != kernels::HostId()) why = "another host";
+    return why.empty() ? why : name + ": " + why;
+  }
+
+  absl::StatusOr<v1::ConnectLinkResponse> ConnectLink(
+      const v1::ConnectLinkRequest& request) override;
 
   absl::Status Detach(uint64_t attachment_id) override {
     return attachments_.Detach(attachment_id);
@@ -365,11 +381,85 @@ absl::StatusOr<v1::AttachResponse> ShardImpl::Attach(const v1::AttachRequest& re
   *response.mutable_sequence() = sequence->ToProto(/*with_layers=*/true);
   *response.mutable_sequence()->mutable_select() = SelectConfigOf(attachment->params);
   response.set_link(v1::LINK_GRPC);
-  if (!request.links().empty() && request.links(0) != v1::LINK_GRPC) {
+  std::string reasons;
+  for (const int number : request.links()) {
+    const auto link = static_cast<v1::Link>(number);
+    if (link == v1::LINK_GRPC) break;
+    const std::string why = WhyNoLink(link, request.host());
+    if (why.empty()) {
+      response.set_link(link);
+      break;
+    }
     counters_.link_fallbacks.fetch_add(1);
-    response.set_link_reason("this server moves records over gRPC alone");
+    absl::StrAppend(&reasons, reasons.empty() ? "" : "; ", why);
   }
+  response.set_link_reason(reasons);
   response.set_max_exact_tokens(static_cast<uint32_t>(attachment->hot_cache.step_tokens));
+  return response;
+}
+
+// The window of a worker that is to have every slot of every layer.
+absl::Status CheckWindow(const v1::PeerWindow& window, const Attachment& attachment,
+                         int64_t record_bytes) {
+  constexpr uint64_t kMost = uint64_t{1} << 40;
+  const absl::StatusOr<kernels::HotCache> cache = kernels::HotCache::Create(attachment.hot_cache);
+  if (!cache.ok()) return cache.status();
+  const auto head_bytes = static_cast<uint64_t>(cache->slot_count() * record_bytes);
+  const auto kv_heads = static_cast<uint64_t>(attachment.params.shape.kv_heads);
+  const auto layers = static_cast<uint64_t>(attachment.params.layers);
+  const auto check = [](std::string_view field, uint64_t least, uint64_t got) -> absl::Status {
+    if (got >= least && got <= kMost) return absl::OkStatus();
+    return FieldError(v1::INVALID_FIELD, field, absl::StrCat(least, " to ", kMost),
+                      absl::StrCat(got));
+  };
+  CKV_RETURN_IF_ERROR(check("window.head_bytes", head_bytes, window.head_bytes()));
+  CKV_RETURN_IF_ERROR(
+      check("window.layer_bytes", kv_heads * window.head_bytes(), window.layer_bytes()));
+  return check("window.bytes", layers * window.layer_bytes(), window.bytes());
+}
+
+absl::StatusOr<v1::ConnectLinkResponse> ShardImpl::ConnectLink(
+    const v1::ConnectLinkRequest& request) {
+  CKV_ASSIGN_OR_RETURN(const std::shared_ptr<Attachment> attachment,
+                       attachments_.Find(request.attachment_id()));
+  const SequenceParams& params = attachment->params;
+  const int64_t record_bytes =
+      params.codec->RecordBytes(params.shape.element_type, params.shape.head_dim);
+  if (request.link() == v1::LINK_PEER) {
+    CKV_RETURN_IF_ERROR(CheckWindow(request.window(), *attachment, record_bytes));
+  }
+  v1::ConnectLinkResponse response;
+  response.set_link(v1::LINK_GRPC);
+  Attachment::LinkInUse in_use, before;
+  {
+    absl::MutexLock lock(&attachment->link_mutex);
+    before = std::exchange(attachment->link_in_use, {});
+    in_use.generation = attachment->link_in_use.generation = before.generation + 1;
+  }
+  before.link.reset();  // at most one per attachment; outside the lock
+  response.set_generation(in_use.generation);
+  if (request.link() == v1::LINK_GRPC || request.link() == v1::LINK_UNSPECIFIED) return response;
+  LinkSetup setup;
+  setup.kind = request.link();
+  setup.window_handle = request.window().handle();
+  setup.window_bytes = static_cast<int64_t>(request.window().bytes());
+  setup.max_message_bytes =
+      params.shape.kv_heads * attachment->hot_cache.step_tokens * record_bytes;
+  absl::StatusOr<std::unique_ptr<RecordLink>> link = absl::UnavailableError(WhyNoLink(
+      request.link(),
+      kernels::HostId()));  // Attach looked at the host; another's memory cannot be mapped
+  if (link.status().message().empty()) link = device_->Connect(setup, response.mutable_unique_id());
+  if (!link.ok()) {
+    counters_.link_fallbacks.fetch_add(1);
+    response.set_link_reason(std::string(link.status().message()));
+    return response;
+  }
+  in_use.link = *std::move(link);
+  in_use.layer_bytes = static_cast<int64_t>(request.window().layer_bytes());
+  in_use.head_bytes = static_cast<int64_t>(request.window().head_bytes());
+  response.set_link(request.link());
+  absl::MutexLock lock(&attachment->link_mutex);
+  if (attachment->link_in_use.generation == in_use.generation) attachment->link_in_use = in_use;
   return response;
 }
 
@@ -389,6 +479,8 @@ v1::Stats ShardImpl::GetStats() {
   stats.set_queued_builds(static_cast<uint32_t>(executors_->queued_builds.load()));
   stats.set_resident_bytes(ResidentBytes());
   counters_.AddTo(stats);
+  const bool failed = device_ != nullptr && !device_->healthy();
+  stats.set_device(device_name() + (failed ? " failed" : ""));
   return stats;
 }
 

@@ -95,6 +95,8 @@ struct SelectAnswer {
   bool cluster_granular = false;  // the attachment's cache is by cluster: name the clusters
   int64_t record_bytes = 0;
   std::vector<HeadRecall> recalls;  // [kv_heads]; empty unless recall was asked for
+  bool by_link = false;  // the records went over the attachment's link: recalls name none
+  uint32_t link_generation = 0;
   int64_t hits = 0, misses = 0;
   std::shared_ptr<void> pins;  // keeps the parts' pages while records are read
 };
@@ -144,6 +146,13 @@ class Shard {
 
   // --- decode
   virtual absl::StatusOr<v1::AttachResponse> Attach(const v1::AttachRequest& request) = 0;
+  // Why this shard has no such link to a worker on `host` (HostId; empty: told by nobody); empty:
+  // ConnectLink may set it up.
+  virtual std::string WhyNoLink(v1::Link link, const std::string& host) const = 0;
+  // A link that cannot be set up is no error: the answer says GRPC, and why. It may take the
+  // milliseconds that mapping memory takes. Errors: ATTACHMENT_NOT_FOUND, INVALID_FIELD.
+  virtual absl::StatusOr<v1::ConnectLinkResponse> ConnectLink(
+      const v1::ConnectLinkRequest& request) = 0;
   virtual absl::Status Detach(uint64_t attachment_id) = 0;
   // All items on the select executor, as one piece of work per (item, KV head). With `inline_ok`
   // and an idle executor the calling thread may do it itself. `done` is called exactly once.

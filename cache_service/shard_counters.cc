@@ -58,6 +58,9 @@ void ShardCounters::AddTo(v1::Stats& stats) const {
     if (count == 0) continue;
     (*stats.mutable_errors())[v1::ErrorReason_Name(static_cast<v1::ErrorReason>(i))] = count;
   }
+  stats.set_device_selects(device_selects.load());
+  stats.set_device_fallbacks(device_fallbacks.load());
+  stats.set_link_bytes(link_bytes.load());
   if (link_fallbacks > 0) (*stats.mutable_link_fallbacks())["NOT_BUILT_IN"] = link_fallbacks;
   stats.set_select_p50_us(select_latency.QuantileUs(0.5));
   stats.set_select_p99_us(select_latency.QuantileUs(0.99));

@@ -30,6 +30,7 @@ struct ShardCounters {
   std::atomic<uint64_t> hits{0}, misses{0}, ingested_bytes{0}, evictions{0};
   // Answered by the device; meant for it and answered by the host.
   std::atomic<uint64_t> device_selects{0}, device_fallbacks{0};
+  std::atomic<uint64_t> link_bytes{0};             // of records, over other links than gRPC
   std::atomic<uint64_t> link_fallbacks{0};         // to grpc, for want of a better link
   std::array<std::atomic<uint64_t>, 64> errors{};  // by reason
   LatencyHistogram select_latency;

@@ -18,6 +18,7 @@
 #include "absl/status/statusor.h"
 #include "absl/types/span.h"
 #include "cache_service/arena.h"
+#include "clusterkv/v1/cache_service.pb.h"
 #include "kernels/index/index.h"
 #include "kernels/select/select.h"
 
@@ -27,6 +28,18 @@ namespace clusterkv::cache_service {
 class DevicePart {
  public:
   virtual ~DevicePart() = default;
+};
+
+// A part to be built from rows in the arena. All views are the host's.
+struct DeviceBuild {
+  kernels::KvShape shape;
+  kernels::IndexParams params;
+  const kernels::RecordCodec* codec = nullptr;
+  const kernels::IndexInput* input = nullptr;
+  // Of the part whose channels input->inherited_channels are.
+  const DevicePart* inherited = nullptr;
+  kernels::MutableIndexPartView part;
+  absl::Span<const uint32_t> pages;  // where the part's arrays lie
 };
 
 // One (sequence, layer): all its KV heads.
@@ -43,6 +56,37 @@ struct DeviceSelectItem {
   kernels::HeadSelection* heads = nullptr;  // [kv_heads] out; zones' clusters ascending, not ranked
   // Unavailable: the host is to answer it; `heads` is undefined then.
   absl::Status status;
+};
+
+// One record to be sent: its place in the part, and where it goes.
+struct LinkRecord {
+  const DevicePart* part = nullptr;
+  int64_t index = 0;        // of the part's records
+  int64_t destination = 0;  // bytes from the window's begin; NCCL: from the message's
+};
+
+// The way of records to one worker, from device memory to device memory.
+//
+// Thread-safe; sends run one after the other. When it dies nothing it was handed is used any more.
+class RecordLink {
+ public:
+  virtual ~RecordLink() = default;
+  virtual v1::Link kind() const = 0;
+  // False while it is being set up, and for good once it failed.
+  virtual bool ready() const = 0;
+  // Why it failed; empty before that.
+  virtual std::string failure() const = 0;
+  // Sends the records, each record_bytes long. When it returns they are in the window (PEER), or
+  // read and on their way as one message (NCCL). Errors: the link failed; or ResourceExhausted:
+  // more than it takes at a time, and nothing was sent.
+  virtual absl::Status Send(absl::Span<const LinkRecord> records, int64_t record_bytes) = 0;
+};
+
+struct LinkSetup {
+  v1::Link kind = v1::LINK_UNSPECIFIED;
+  std::string window_handle;      // PEER
+  int64_t window_bytes = 0;       // PEER
+  int64_t max_message_bytes = 0;  // most that one Send sends
 };
 
 class ShardDevice {
@@ -64,12 +108,24 @@ class ShardDevice {
   // the host answers for it then. Errors: as Upload.
   virtual absl::StatusOr<std::unique_ptr<DevicePart>> Mirror(const kernels::IndexPartView& view,
                                                              absl::Span<const uint32_t> pages) = 0;
+  // Builds the part, on the device and in the host's pages: as BuildIndexPart up to rounding edges
+  // (index_cuda.h). Unavailable when the device does not take such a part: the host builds it then,
+  // and Mirror takes it. Other errors: as Upload.
+  virtual absl::StatusOr<std::unique_ptr<DevicePart>> Build(const DeviceBuild& build) = 0;
   // Whether Select may take a call of these parameters.
   virtual bool CanSelect(const kernels::KvShape& shape, const kernels::SelectParams& select,
                          int64_t clustered_tokens) const = 0;
   // Answers the items in as few launches as their parameters allow, and waits for them. Equal to
   // kernels::Select up to near ties of scores. Each item has a status.
   virtual void Select(absl::Span<DeviceSelectItem> items) = 0;
+
+  // Why links of that kind cannot be had; empty: they can.
+  virtual std::string WhyNoLink(v1::Link kind) const = 0;
+  // Sets a link up. NCCL: it meets the worker on a thread of its own, who needs *unique_id. The
+  // device outlives the link. Errors: InvalidArgument for a bad window; ResourceExhausted for
+  // memory or too many links; Unavailable.
+  virtual absl::StatusOr<std::unique_ptr<RecordLink>> Connect(const LinkSetup& setup,
+                                                              std::string* unique_id) = 0;
 };
 
 // "cpu", "cuda", "cuda:N".

@@ -12,12 +12,14 @@
 #include "absl/time/clock.h"
 #include "kernels/attention/attention.h"
 #include "kernels/attention/correction.h"
+#include "kernels/base/host_id.h"
 #include "kernels/base/status_macros.h"
 #include "kernels/codec/record_codec.h"
 #include "proto/error.h"
 #include "proto/grpc_status.h"
 #include "worker/layer_cache.h"
 #include "worker/recall_stream.h"
+#include "worker/record_window.h"
 #include "worker/steady_rows.h"
 #include "worker/transport_failure.h"
 
@@ -28,6 +30,12 @@ using Clock = std::chrono::steady_clock;
 using kernels::ElementType;
 
 constexpr absl::Duration kDetachTimeout = absl::Seconds(2);
+// Meeting the service over a link; records that are under way.
+constexpr absl::Duration kConnectTimeout = absl::Seconds(6), kRecordsTimeout = absl::Seconds(2);
+
+const char* LinkName(v1::Link link) {
+  return link == v1::LINK_PEER ? "peer" : link == v1::LINK_NCCL ? "nccl" : "grpc";
+}
 
 ElementType ElementTypeOf(v1::ElementType type, ElementType otherwise) {
   return type == v1::ELEMENT_TYPE_UNSPECIFIED ? otherwise : static_cast<ElementType>(type);
@@ -68,6 +76,12 @@ struct DecodeSession::Impl {
   ~Impl();
 
   absl::Status CallAttach(const v1::SequenceHandle& handle);
+  // Sets up the link that Attach chose; without it records come by gRPC.
+  void ConnectLink();
+  absl::Status TryConnectLink();
+  // Gives the link up, for `reason`.
+  void DropLink(const std::string& reason);
+  absl::Status TakeLinked(const Layer& layer, int64_t index);
   absl::Status CheckLayout();
   absl::Status MakeLayers();
   absl::Status FetchSteadyZone();
@@ -96,6 +110,10 @@ struct DecodeSession::Impl {
   int64_t kv_heads = 0, query_heads = 0, head_dim = 0;
   const kernels::RecordCodec* codec = nullptr;
   std::vector<Layer> layers;
+  std::unique_ptr<RecordWindow> window;  // null: none; then link is GRPC
+  v1::Link link = v1::LINK_GRPC;
+  uint32_t link_generation = 0;
+  std::string link_reason;
   std::unique_ptr<RecallStream> stream;  // null: none is open
 
   // Of the step under way; kept for their memory.
@@ -110,6 +128,7 @@ struct DecodeSession::Impl {
   std::vector<float> query_floats;
   std::vector<float> output_lse;  // [group]
   uint64_t request_id = 0;
+  uint32_t response_link_generation = 0;
   // The service refused the step and said so in a whole exchange: residency, mirror and stream are
   // as before it.
   bool refused = false;
@@ -134,16 +153,86 @@ absl::Status DecodeSession::Impl::CallAttach(const v1::SequenceHandle& handle) {
   *attach.mutable_select() = options.select;
   for (const v1::Link link : options.links) attach.add_links(link);
   if (attach.links().empty()) attach.add_links(v1::LINK_GRPC);
+  attach.set_host(kernels::HostId());
   v1::AttachResponse answer;
   CKV_RETURN_IF_ERROR(
       FromGrpcStatus(client->cache().Attach(client->MakeContext().get(), attach, &answer)));
-  if (answer.link() != v1::LINK_GRPC) {
-    return Error(v1::UNSUPPORTED,
-                 absl::StrCat("link: this worker moves records by gRPC alone, the server chose ",
-                              v1::Link_Name(answer.link())));
-  }
   attachment = std::move(answer);
+  link = v1::LINK_GRPC;
+  link_reason = attachment.link_reason();
   return absl::OkStatus();
+}
+
+void DecodeSession::Impl::ConnectLink() {
+  if (attachment.link() == v1::LINK_GRPC) return;
+  // Those asked for, from the one that the server chose on: the first that can be set up.
+  const auto begin = std::find(options.links.begin(), options.links.end(), attachment.link());
+  for (auto wanted = begin; wanted != options.links.end() && *wanted != v1::LINK_GRPC; ++wanted) {
+    link = *wanted;
+    const absl::Status connected = TryConnectLink();
+    if (connected.ok()) return;
+    absl::StrAppend(&link_reason, link_reason.empty() ? "" : "; ", LinkName(*wanted), ": ",
+                    connected.message());
+  }
+  DropLink("");
+}
+
+absl::Status DecodeSession::Impl::TryConnectLink() {
+  if (std::string why = WhyNoWindow(options.device, link); !why.empty()) {
+    return absl::UnavailableError(why);
+  }
+  if (window == nullptr) {
+    RecordWindow::Layout layout;
+    layout.layers = static_cast<int64_t>(layers.size());
+    layout.kv_heads = kv_heads;
+    layout.slots = layers[0].cache.slot_count();
+    layout.record_bytes = codec->RecordBytes(type, head_dim);
+    layout.max_records = kv_heads * std::max<int64_t>(1, attachment.max_exact_tokens());
+    CKV_ASSIGN_OR_RETURN(window, MakeRecordWindow(options.device, layout));
+  }
+  v1::ConnectLinkRequest connect;
+  connect.set_attachment_id(attachment.attachment_id());
+  connect.set_link(link);
+  if (link == v1::LINK_PEER) {
+    CKV_ASSIGN_OR_RETURN(*connect.mutable_window(), window->Export());
+  }
+  v1::ConnectLinkResponse answer;
+  CKV_RETURN_IF_ERROR(
+      FromGrpcStatus(client->cache().ConnectLink(client->MakeContext().get(), connect, &answer)));
+  if (answer.link() != link) return absl::UnavailableError(answer.link_reason());
+  link_generation = answer.generation();
+  if (link == v1::LINK_PEER) return absl::OkStatus();
+  return window->ConnectNccl(answer.unique_id(), absl::Now() + kConnectTimeout);
+}
+
+void DecodeSession::Impl::DropLink(const std::string& reason) {
+  link = v1::LINK_GRPC;
+  if (!reason.empty()) link_reason = reason;
+  if (window == nullptr) return;
+  v1::ConnectLinkRequest connect;
+  connect.set_attachment_id(attachment.attachment_id());
+  connect.set_link(v1::LINK_GRPC);
+  v1::ConnectLinkResponse answer;
+  // Before the memory goes: after this the service writes into it no more. Best effort: where the
+  // service does not answer, it does not write either.
+  client->cache().ConnectLink(client->MakeContext().get(), connect, &answer);
+  window.reset();
+}
+
+// The step's records that came over the link.
+absl::Status DecodeSession::Impl::TakeLinked(const Layer& layer, int64_t index) {
+  const std::vector<LinkedRecord>& linked = layer.cache.linked();
+  if (linked.empty()) return absl::OkStatus();
+  if (window == nullptr || response_link_generation != link_generation) {
+    return Error(v1::CHECKSUM_MISMATCH,
+                 absl::StrCat("records: by link ", response_link_generation, ", expected ",
+                              window == nullptr ? 0 : link_generation));
+  }
+  const absl::Status taken = window->Take(link, index, linked, absl::Now() + kRecordsTimeout);
+  if (taken.ok()) return taken;
+  DropLink(std::string(taken.message()));
+  // As records that never came: the step is asked for once more, from an empty hot cache.
+  return Error(v1::CHECKSUM_MISMATCH, absl::StrCat("records: ", taken.message()));
 }
 
 absl::Status DecodeSession::Impl::CheckLayout() {
@@ -273,6 +362,7 @@ absl::Status DecodeSession::Impl::Recover(const absl::Status& failure, Layer* la
     case v1::ATTACHMENT_NOT_FOUND:
       CKV_RETURN_IF_ERROR(CallAttach(attachment.sequence().handle()));
       for (Layer& other : layers) other.Distrust();
+      ConnectLink();
       return absl::OkStatus();
     default:
       return failure;
@@ -385,6 +475,7 @@ absl::Status DecodeSession::Impl::Exchange(Layer* layer, int64_t index, StepFigu
   }
   const bool has_error = response.selection().results(0).has_error();
   absl::Status received = TakeSelection(layer, index, response.selection().results(0));
+  response_link_generation = response.link_generation();
   // An exchange is read to its end whatever is in it, so that the stream can go on.
   while (true) {
     for (const v1::RecordChunk& chunk : response.records()) {
@@ -397,9 +488,10 @@ absl::Status DecodeSession::Impl::Exchange(Layer* layer, int64_t index, StepFigu
     if (response.last()) break;
     CKV_RETURN_IF_ERROR(stream->Read(&response));
   }
-  const Clock::time_point recalled = Clock::now();
   refused = has_error;
   CKV_RETURN_IF_ERROR(received);
+  CKV_RETURN_IF_ERROR(TakeLinked(*layer, index));
+  const Clock::time_point recalled = Clock::now();
   CKV_RETURN_IF_ERROR(layer->cache.Complete());
   figures->select_us = MicrosBetween(sent, selected);
   figures->recall_us = MicrosBetween(selected, recalled);
@@ -487,12 +579,13 @@ absl::StatusOr<std::unique_ptr<DecodeSession>> DecodeSession::Attach(
   CKV_RETURN_IF_ERROR(impl->CheckLayout());
   CKV_RETURN_IF_ERROR(impl->MakeLayers());
   CKV_RETURN_IF_ERROR(impl->FetchSteadyZone());
+  impl->ConnectLink();
   return std::unique_ptr<DecodeSession>(new DecodeSession(std::move(impl)));
 }
 
 const v1::Sequence& DecodeSession::sequence() const { return impl_->attachment.sequence(); }
-v1::Link DecodeSession::link() const { return impl_->attachment.link(); }
-const std::string& DecodeSession::link_reason() const { return impl_->attachment.link_reason(); }
+v1::Link DecodeSession::link() const { return impl_->link; }
+const std::string& DecodeSession::link_reason() const { return impl_->link_reason; }
 
 absl::Status DecodeSession::Append(int64_t layer, absl::Span<const std::byte> key,
                                    absl::Span<const std::byte> value) {

@@ -25,6 +25,9 @@ struct DecodeOptions {
   bool append_to_service = true;  // AppendKv of decoded tokens; false: the window stays here alone
   bool digests = false;           // keep digests of selections, states and recalled bytes
   std::vector<v1::Link> links;    // that this worker can use, best first; empty: GRPC
+  // "cpu", "cuda" or "cuda:N": whose memory the hot cache's slots are in, for links that bring
+  // records there.
+  std::string device = "cpu";
   // How long Step polls for an answer before it sleeps: a core for microseconds of latency.
   absl::Duration spin = absl::ZeroDuration();
 };
@@ -55,7 +58,8 @@ class DecodeSession {
   ~DecodeSession();  // detaches, best effort
 
   const v1::Sequence& sequence() const;
-  // The link that Attach chose, and why not a better one (empty: it is the best asked for).
+  // The link in use, and why not a better one (empty: it is the best asked for). One that breaks is
+  // given up for gRPC.
   v1::Link link() const;
   const std::string& link_reason() const;
 

@@ -38,6 +38,7 @@ absl::Status LayerCache::Begin(const v1::SelectResult& result, int64_t first, in
     return Error(v1::INTERNAL_ERROR, absl::StrCat("selection: expected ", heads_.size(),
                                                   " KV heads, got ", result.heads_size()));
   }
+  linked_.clear();
   for (int h = 0; h < result.heads_size(); ++h) {
     CKV_RETURN_IF_ERROR(BeginHead(result.heads(h), h, first, end));
   }
@@ -84,9 +85,12 @@ absl::Status LayerCache::BeginHead(const v1::HeadSelection& selection, int64_t h
 
 absl::Status LayerCache::Receive(const v1::RecordChunk& chunk) {
   const std::string& records = chunk.records();
-  if (chunk.kv_head() >= heads_.size() ||
-      records.size() != static_cast<size_t>(chunk.positions_size() * record_bytes_) ||
-      XXH3_64bits(records.data(), records.size()) != chunk.checksum()) {
+  const bool whole =
+      chunk.by_link()
+          ? records.empty()
+          : records.size() == static_cast<size_t>(chunk.positions_size() * record_bytes_) &&
+                XXH3_64bits(records.data(), records.size()) == chunk.checksum();
+  if (chunk.kv_head() >= heads_.size() || !whole) {
     return Error(
         v1::CHECKSUM_MISMATCH,
         absl::StrCat("records of KV head ", chunk.kv_head(), ": ", records.size(), " bytes of ",
@@ -100,8 +104,13 @@ absl::Status LayerCache::Receive(const v1::RecordChunk& chunk) {
                    absl::StrCat("records of KV head ", chunk.kv_head(), ": token ",
                                 chunk.positions(i), " is not the one that is missing next"));
     }
-    std::memcpy(Slot(head, head.misses[head.received].slot), records.data() + i * record_bytes_,
-                static_cast<size_t>(record_bytes_));
+    const int32_t slot = head.misses[head.received].slot;
+    if (chunk.by_link()) {
+      linked_.push_back({chunk.kv_head(), slot, Slot(head, slot)});
+    } else {
+      std::memcpy(Slot(head, slot), records.data() + i * record_bytes_,
+                  static_cast<size_t>(record_bytes_));
+    }
     ++head.received;
   }
   return absl::OkStatus();
@@ -124,6 +133,7 @@ void LayerCache::Clear() {
     heads_[h].misses.clear();
     heads_[h].step_slots.clear();
     heads_[h].received = 0;
+    linked_.clear();
     positions_[h].clear();
     head_masks_[h].clear();
   }

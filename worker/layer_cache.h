@@ -16,6 +16,7 @@
 #include "clusterkv/v1/cache_service.pb.h"
 #include "kernels/attention/attention.h"
 #include "kernels/hot_cache/hot_cache.h"
+#include "worker/record_window.h"
 
 namespace clusterkv::worker {
 
@@ -28,9 +29,13 @@ class LayerCache {
   // Takes the selection of every head: its exact positions lie in [first, end).
   // Errors: INTERNAL_ERROR when it is none that the service may answer.
   absl::Status Begin(const v1::SelectResult& result, int64_t first, int64_t end);
-  // Takes records of the step's misses; a head's come in the order of their positions.
+  // Takes records of the step's misses; a head's come in the order of their positions. Of a chunk
+  // by_link only the positions come: linked() says which records are to be had elsewhere.
   // Errors: CHECKSUM_MISMATCH when they are other tokens' or other bytes than the service sent.
   absl::Status Receive(const v1::RecordChunk& chunk);
+  // The step's records whose chunks were by_link, in their order.
+  const std::vector<LinkedRecord>& linked() const { return linked_; }
+  int64_t slot_count() const { return heads_.empty() ? 0 : heads_[0].cache.slot_count(); }
   // Errors: CHECKSUM_MISMATCH when a miss was not received.
   absl::Status Complete() const;
   void Clear();
@@ -77,6 +82,7 @@ class LayerCache {
   const kernels::RecordCodec* codec_ = nullptr;
   int64_t record_bytes_ = 0;
   std::vector<Head> heads_;
+  std::vector<LinkedRecord> linked_;
   std::vector<std::vector<int32_t>> positions_;
   std::vector<std::vector<uint32_t>> head_masks_;
 };

@@ -4,6 +4,7 @@
 #include <utility>
 
 #include "cache_service/rpc/put_kv_stream.h"
+#include "kernels/base/host_id.h"
 #include "kernels/base/status_macros.h"
 #include "kernels/codec/record_codec.h"
 #include "proto/error.h"
@@ -44,29 +45,14 @@ absl::Status List(Shard& shard, const v1::ListSequencesRequest& request,
   return absl::OkStatus();
 }
 
-std::string WhyNot(v1::Link link) {
-  switch (link) {
-    case v1::LINK_PEER:
-      return "peer: this server has no GPU device";
-    case v1::LINK_NCCL:
-      return "nccl: this server has no GPU device";
-    default:
-      return "link " + std::to_string(static_cast<int>(link)) + ": unknown to this server";
+// Counts the links that the worker would have liked better than the one that it got.
+void CountFallbacks(const RpcContext& rpc, const v1::AttachRequest& request,
+                    const v1::AttachResponse& response) {
+  for (const int number : request.links()) {
+    const auto link = static_cast<v1::Link>(number);
+    if (link == v1::LINK_GRPC || link == response.link()) break;
+    rpc.metrics->CountLinkFallback(rpc.shard->WhyNoLink(link, request.host()));
   }
-}
-
-// The first link asked for that this server has; what stood before it is in the reason.
-void NegotiateLink(const RpcContext& rpc, const v1::AttachRequest& request,
-                   v1::AttachResponse* response) {
-  std::string reason;
-  for (const int link : request.links()) {
-    if (link == v1::LINK_GRPC) break;
-    const std::string why = WhyNot(static_cast<v1::Link>(link));
-    rpc.metrics->CountLinkFallback(why);
-    reason += (reason.empty() ? "" : "; ") + why;
-  }
-  response->set_link(v1::LINK_GRPC);
-  response->set_link_reason(reason);
 }
 
 // What `call` answers, moved into `response`.
@@ -91,6 +77,9 @@ grpc::ServerUnaryReactor* CacheServiceRpc::GetServerInfo(grpc::CallbackServerCon
       info->add_codecs(std::string(codec->name()));
     }
     for (const char* preset : {"clusterkv", "recall", "default"}) info->add_presets(preset);
+    for (const v1::Link link : {v1::LINK_PEER, v1::LINK_NCCL}) {
+      if (rpc_.shard->WhyNoLink(link, kernels::HostId()).empty()) info->add_links(link);
+    }
     info->add_links(v1::LINK_GRPC);
     info->set_arena_bytes(static_cast<uint64_t>(options.arena_bytes));
     info->set_page_bytes(static_cast<uint64_t>(rpc_.shard->page_bytes()));
@@ -159,7 +148,19 @@ grpc::ServerUnaryReactor* CacheServiceRpc::Attach(grpc::CallbackServerContext* c
                                                   v1::AttachResponse* response) {
   return AnswerNow(rpc_, Method::kAttach, context, [&]() -> absl::Status {
     CKV_RETURN_IF_ERROR(Encode(rpc_.shard->Attach(*request), response));
-    NegotiateLink(rpc_, *request, response);
+    CountFallbacks(rpc_, *request, *response);
+    return absl::OkStatus();
+  });
+}
+
+grpc::ServerUnaryReactor* CacheServiceRpc::ConnectLink(grpc::CallbackServerContext* context,
+                                                       const v1::ConnectLinkRequest* request,
+                                                       v1::ConnectLinkResponse* response) {
+  return AnswerNow(rpc_, Method::kConnectLink, context, [&]() -> absl::Status {
+    CKV_RETURN_IF_ERROR(Encode(rpc_.shard->ConnectLink(*request), response));
+    if (!response->link_reason().empty()) {
+      rpc_.metrics->CountLinkFallback(response->link_reason());
+    }
     return absl::OkStatus();
   });
 }

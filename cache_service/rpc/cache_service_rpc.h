@@ -38,6 +38,8 @@ class CacheServiceRpc final : public v1::CacheService::CallbackService {
                                             v1::ReleaseSequenceResponse*) override;
   grpc::ServerUnaryReactor* Attach(grpc::CallbackServerContext*, const v1::AttachRequest*,
                                    v1::AttachResponse*) override;
+  grpc::ServerUnaryReactor* ConnectLink(grpc::CallbackServerContext*, const v1::ConnectLinkRequest*,
+                                        v1::ConnectLinkResponse*) override;
   grpc::ServerUnaryReactor* Detach(grpc::CallbackServerContext*, const v1::DetachRequest*,
                                    v1::DetachResponse*) override;
   grpc::ServerUnaryReactor* AppendKv(grpc::CallbackServerContext*, const v1::AppendKvRequest*,

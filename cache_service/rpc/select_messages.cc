@@ -193,20 +193,26 @@ int64_t RecordPacker::Next(int64_t max_bytes, v1::RecordChunk* chunk) {
   const Run& run = runs_[run_];
   const size_t left = run.positions->size() - next_;
   const size_t fit = static_cast<size_t>(std::max<int64_t>(1, max_bytes / run.record_bytes));
-  const size_t count = std::min(left, fit);
+  const size_t count = run.by_link ? left : std::min(left, fit);
   chunk->set_item(run.item);
   chunk->set_layer(run.layer);
   chunk->set_kv_head(run.kv_head);
   auto* positions = chunk->mutable_positions();
   positions->Reserve(static_cast<int>(count));
-  std::string* records = chunk->mutable_records();
-  records->reserve(count * static_cast<size_t>(run.record_bytes));
   for (size_t i = next_; i < next_ + count; ++i) {
     positions->AddAlreadyReserved(static_cast<uint32_t>((*run.positions)[i]));
-    records->append(reinterpret_cast<const char*>((*run.records)[i]),
-                    static_cast<size_t>(run.record_bytes));
   }
-  chunk->set_checksum(RecordsChecksum(*records));
+  std::string* records = chunk->mutable_records();
+  if (run.by_link) {
+    chunk->set_by_link(true);
+  } else {
+    records->reserve(count * static_cast<size_t>(run.record_bytes));
+    for (size_t i = next_; i < next_ + count; ++i) {
+      records->append(reinterpret_cast<const char*>((*run.records)[i]),
+                      static_cast<size_t>(run.record_bytes));
+    }
+    chunk->set_checksum(RecordsChecksum(*records));
+  }
   next_ += count;
   if (next_ == run.positions->size()) {
     ++run_;
@@ -223,7 +229,8 @@ void AddRecalls(const ParsedSelect& parsed, const SelectBatchAnswer& answer, Rec
     if (!item.status.ok()) continue;
     for (size_t h = 0; h < item.recalls.size(); ++h) {
       packer->Add({Count(i), static_cast<uint32_t>(item.layer), Count(h),
-                   &item.recalls[h].positions, &item.recalls[h].records, item.record_bytes});
+                   &item.recalls[h].positions, &item.recalls[h].records, item.record_bytes,
+                   item.by_link});
     }
   }
 }

@@ -60,6 +60,7 @@ class RecordPacker {
     const std::vector<int32_t>* positions = nullptr;
     const std::vector<const std::byte*>* records = nullptr;  // [positions]
     int64_t record_bytes = 0;
+    bool by_link = false;  // the records went another way: their positions alone are told
   };
 
   void Clear() {

@@ -87,6 +87,9 @@ class RecallExchange {
       EncodeSelection(*rpc_, kMethod, parsed_, answer_, response->mutable_selection());
       response->mutable_selection()->set_request_id(request.request_id());
       AddRecalls(parsed_, answer_, &packer_);
+      for (const SelectAnswer& item : answer_.items) {
+        if (item.by_link) response->set_link_generation(item.link_generation);
+      }
     }
     int64_t room = kMaxRecordBytesPerMessage;
     while (!packer_.done() && room > 0) room -= packer_.Next(room, response->add_records());
@@ -204,7 +207,7 @@ class RecordSource {
       : rpc_(rpc), answer_(std::move(answer)) {
     for (const Shard::Recalled& head : answer_.heads) {
       packer_.Add({0, layer, static_cast<uint32_t>(head.kv_head), &head.positions, &head.records,
-                   answer_.record_bytes});
+                   answer_.record_bytes, /*by_link=*/false});
     }
   }
 

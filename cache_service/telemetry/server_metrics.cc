@@ -22,6 +22,7 @@ const char* const kMethodNames[] = {
     "clusterkv.v1.CacheService/ForkSequence",
     "clusterkv.v1.CacheService/ReleaseSequence",
     "clusterkv.v1.CacheService/Attach",
+    "clusterkv.v1.CacheService/ConnectLink",
     "clusterkv.v1.CacheService/Detach",
     "clusterkv.v1.CacheService/SelectClusters",
     "clusterkv.v1.CacheService/StreamSelect",

@@ -58,6 +58,7 @@ enum class Method : int {
   kForkSequence,
   kReleaseSequence,
   kAttach,
+  kConnectLink,
   kDetach,
   kSelectClusters,
   kStreamSelect,

@@ -126,7 +126,13 @@ v1::AppendKvRequest AppendRequest(const std::string& name, const TestKv& kv, int
   return request;
 }
 
-ShardHarness::ShardHarness(const ShardOptions& options) : shard_(Shard::Create(options).value()) {}
+std::function<std::unique_ptr<ShardDevice>()>& TestDevice() {
+  static auto& make = *new std::function<std::unique_ptr<ShardDevice>()>;
+  return make;
+}
+
+ShardHarness::ShardHarness(const ShardOptions& options)
+    : shard_(Shard::Create(options, TestDevice() ? TestDevice()() : nullptr).value()) {}
 
 ShardHarness::~ShardHarness() {
   WaitIdle();

@@ -39,6 +39,8 @@ TestKv MakeKv(const v1::KvShape& shape, int64_t tokens, uint64_t seed);
 std::vector<float> MakeQueries(const v1::KvShape& shape, uint64_t seed);
 
 ShardOptions TestOptions();
+// Makes the device of every harness's shard; null: they have none. Set before the first test.
+std::function<std::unique_ptr<ShardDevice>()>& TestDevice();
 // `kv`'s shape and the first `prompt_tokens` tokens, default preset with small clusters.
 v1::OpenSequenceRequest OpenRequest(const std::string& name, const TestKv& kv,
                                     int64_t prompt_tokens);

@@ -9,7 +9,7 @@ cd "$(dirname "${BASH_SOURCE[0]}")/../.."
 usage() {
   cat <<'END'
 Usage: tests/gpu/run.sh --out=DIR [--only=unit|links|faults|bench] [--cases=DIR] [--build=DIR]
-                        [--prebuilt] [--sanitize=0]
+                        [--prebuilt] [--sanitize=0] [--programs=DIR] [--kills=N]
   --out=DIR     where gpu.json and logs.txt go
   --only=WHAT   unit: kernels against their references, and under compute-sanitizer; bench:
                 benchmarks; links, faults: two processes over every link
@@ -18,10 +18,13 @@ Usage: tests/gpu/run.sh --out=DIR [--only=unit|links|faults|bench] [--cases=DIR]
   --build=DIR   where binaries go (default: build/gpu)
   --prebuilt    they are there already
   --sanitize=0  not under compute-sanitizer
+  --programs=DIR  clusterkv-server and ckv of a build with CUDA, their shared libraries in DIR/lib
+                  where the machine lacks them (default: build/*/bin)
+  --kills=N     of the worker per link (default: 20)
 END
 }
 
-only='' out='' cases=build/gpu/cases build=build/gpu prebuilt='' sanitize=1
+only='' out='' cases=build/gpu/cases build=build/gpu prebuilt='' sanitize=1 programs='' kills=20
 for argument in "$@"; do
   case $argument in
     --only=*) only=${argument#*=} ;;
@@ -30,6 +33,8 @@ for argument in "$@"; do
     --build=*) build=${argument#*=} ;;
     --prebuilt) prebuilt=1 ;;
     --sanitize=*) sanitize=${argument#*=} ;;
+    --programs=*) programs=${argument#*=} ;;
+    --kills=*) kills=${argument#*=} ;;
     --help | -h) usage; exit 0 ;;
     *) echo "Unknown argument $argument" >&2; usage >&2; exit 2 ;;
   esac
@@ -81,7 +86,7 @@ build_all() {
   fi
 }
 
-if [ -z "$prebuilt" ]; then
+if [ -z "$prebuilt" ] && { wants unit || wants bench; }; then
   say "building"
   build_all > "$logs/build" 2>&1 || { tail -n 40 "$logs/build"; exit 1; }
   say "built"
@@ -115,11 +120,24 @@ if wants unit; then
   fi
 fi
 
+# Server and ckv are built elsewhere (they need gRPC): --programs, or a build of this tree.
 for what in links faults; do
-  if [ "$only" = "$what" ]; then
-    echo "$what: not here yet" >&2
-    status=1
+  wants "$what" || continue
+  if [ -z "$programs" ]; then
+    for maker in build/*/bin/clusterkv-server; do
+      if [ -x "$maker" ] && [ -x "$(dirname "$maker")/ckv" ]; then programs=$(dirname "$maker"); fi
+    done
   fi
+  if [ -z "$programs" ]; then
+    echo "$what: no clusterkv-server and ckv: build them with CUDA, or name them by --programs" >&2
+    [ "$only" != "$what" ] || status=1
+    continue
+  fi
+  say "$what"
+  if [ "$what" = faults ]; then more=(--faults "--kills=$kills"); else more=(); fi
+  LD_LIBRARY_PATH="$programs/lib:${LD_LIBRARY_PATH:-}" python3 -B tests/gpu/links.py \
+    "--bin=$programs" "--out=$logs/$what" "${more[@]}" 2>&1 | tee "$logs/$what.log" || status=1
+  cp "$logs/$what/$what.json" "$out/" || status=1
 done
 
 if wants bench; then
@@ -127,6 +145,6 @@ if wants bench; then
   python3 tests/gpu/bench/bench.py "--lib=$build/libckv_gpu_bench.so" "--out=$out" 2>&1 |
     tee "$logs/bench" || status=1
 fi
-tail -n +1 "$logs"/* > "$out/logs.txt"
+find "$logs" -maxdepth 1 -type f -print0 | sort -z | xargs -0 tail -n +1 > "$out/logs.txt"
 say "done, status $status"
 exit $status

@@ -59,6 +59,8 @@ class ReplayCommand : public Command {
     flags.Choice("hot_policy", {"token_lru", "cluster_lru", "last_steps"}, &hot_policy_,
                  "what leaves the hot cache first");
     flags.Choice("link", {"auto", "peer", "nccl", "grpc"}, &link_, "how records travel");
+    flags.String("device", "cpu|cuda[:N]", &options_.device,
+                 "whose memory this worker's hot cache is in; peer and nccl need a GPU's");
     flags.Choice("state", {"fp16", "fp32"}, &state_, "element type of the attention state");
     flags.Bool(
         "compare", &compare_,
@@ -66,6 +68,8 @@ class ReplayCommand : public Command {
     flags.String("name", "NAME", &options_.sequence_name,
                  "of the sequence (default: one of its own)");
     flags.String("json", "FILE", &json_, "write the figures as JSON; - for standard output");
+    flags.String("selections", "FILE", &options_.selections_file,
+                 "write the selected positions: a line per step, layer and KV head");
     flags.String("svg", "FILE", &svg_, "write a picture of error against traffic");
     flags.Positional("TRACE.safetensors…", 1, &traces_, "trace files, the layers of one sequence");
   }
@@ -111,6 +115,10 @@ class ReplayCommand : public Command {
                           : hot_policy_ == "cluster_lru" ? v1::HOT_CACHE_POLICY_CLUSTER_LRU
                                                          : v1::HOT_CACHE_POLICY_LAST_STEPS;
     options_.state_type = state_ == "fp32" ? v1::ELEMENT_TYPE_FLOAT32 : v1::ELEMENT_TYPE_FLOAT16;
+    const bool cuda = options_.device == "cuda" || options_.device.rfind("cuda:", 0) == 0;
+    if (!cuda && options_.device != "cpu") {
+      return UsageError("--device: expected cpu, cuda or cuda:N, got \"" + options_.device + "\"");
+    }
     if (link_ == "auto") options_.links = {v1::LINK_PEER, v1::LINK_NCCL, v1::LINK_GRPC};
     if (link_ == "peer") options_.links = {v1::LINK_PEER};
     if (link_ == "nccl") options_.links = {v1::LINK_NCCL};

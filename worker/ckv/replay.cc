@@ -7,6 +7,7 @@
 #include <cmath>
 #include <cstdio>
 #include <filesystem>
+#include <fstream>
 #include <memory>
 #include <numeric>
 
@@ -108,8 +109,13 @@ struct LayerSums {
 // Decodes all steps through one session and compares each with full attention.
 class Decoder {
  public:
-  Decoder(const ReplayTrace& trace, DecodeSession* session, int64_t sinks)
-      : trace_(trace), session_(session), sinks_(sinks), sums_(trace.layers.size()) {}
+  // selections: where what was selected is written; may be null.
+  Decoder(const ReplayTrace& trace, DecodeSession* session, int64_t sinks, std::ostream* selections)
+      : trace_(trace),
+        session_(session),
+        sinks_(sinks),
+        selections_(selections),
+        sums_(trace.layers.size()) {}
 
   absl::Status Run(const ReplayProgress& progress) {
     for (int64_t i = 0; i < trace_.steps; ++i) {
@@ -139,10 +145,20 @@ class Decoder {
         session_->Step(l, absl::MakeConstSpan(layer.q).subspan(i * query_bytes, query_bytes),
                        absl::MakeSpan(output_), &figures));
     busy_ += absl::Now() - begin;
+    if (selections_ != nullptr) WriteSelections(i, l);
     Compare(i, l);
     sums_[l].mass += ExactMass(i, l);
     Count(i, figures, &sums_[l]);
     return absl::OkStatus();
+  }
+
+  void WriteSelections(int64_t i, size_t l) {
+    const auto& heads = session_->last_positions(static_cast<int64_t>(l));
+    for (size_t h = 0; h < heads.size(); ++h) {
+      *selections_ << i << " " << l << " " << h << ":";
+      for (const int32_t position : heads[h]) *selections_ << " " << position;
+      *selections_ << "\n";
+    }
   }
 
   void Compare(int64_t i, size_t l) {
@@ -193,6 +209,7 @@ class Decoder {
   const ReplayTrace& trace_;
   DecodeSession* session_;
   int64_t sinks_;
+  std::ostream* selections_;
   std::vector<LayerSums> sums_;
   std::vector<float> output_;
   std::vector<int32_t> attended_;
@@ -307,9 +324,13 @@ absl::StatusOr<ReplayResult> Replay(Client* client, const ReplayTrace& trace,
   decode.hot_cache.set_capacity_tokens(options.hot_tokens);
   decode.state_type = options.state_type;
   decode.links = options.links;
+  decode.device = options.device;
   decode.digests = true;
   CKV_ASSIGN_OR_RETURN(auto session, DecodeSession::Attach(client, sequence.handle(), decode));
-  Decoder decoder(trace, session.get(), sequence.index().sink_tokens());
+  std::ofstream selections;
+  if (!options.selections_file.empty()) selections.open(options.selections_file);
+  Decoder decoder(trace, session.get(), sequence.index().sink_tokens(),
+                  selections.is_open() ? &selections : nullptr);
   CKV_RETURN_IF_ERROR(decoder.Run(progress));
 
   for (size_t l = 0; l < trace.layers.size(); ++l) {

@@ -35,6 +35,8 @@ struct ReplayOptions {
   int64_t steps = 0;          // decoded; 0: all queries of the trace
   v1::ElementType state_type = v1::ELEMENT_TYPE_FLOAT16;
   std::vector<v1::Link> links;  // acceptable, best first; empty: the server's choice
+  std::string device = "cpu";   // of the worker: DecodeOptions::device
+  std::string selections_file;  // empty: none; a line per step, layer and KV head: its positions
 };
 
 // A trace in memory, with full attention of its first `steps` queries.

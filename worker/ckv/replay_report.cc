@@ -75,8 +75,14 @@ void WidenTo(double factor, double* low, double* high) {
 }  // namespace
 
 std::string ReplayJson(const std::vector<ReplayResult>& runs) {
-  Json layers = Json::array();
+  Json layers = Json::array(), of_runs = Json::array();
   for (const ReplayResult& run : runs) {
+    of_runs.push_back({{"prompt_tokens", run.prompt_tokens},
+                       {"steps", run.steps},
+                       {"ingest_seconds", run.ingest_seconds},
+                       {"decode_seconds", run.decode_seconds},
+                       {"link", run.link},
+                       {"link_reason", run.link_reason}});
     for (const LayerFigures& layer : run.layers) {
       layers.push_back({{"layer", layer.layer},
                         {"preset", layer.preset},
@@ -100,7 +106,7 @@ std::string ReplayJson(const std::vector<ReplayResult>& runs) {
                         {"recalled_digest", layer.recalled_digest}});
     }
   }
-  return Json{{"layers", layers}}.dump(2) + "\n";
+  return Json{{"layers", layers}, {"runs", of_runs}}.dump(2) + "\n";
 }
 
 std::string ReplayTable(const ReplayResult& run) {

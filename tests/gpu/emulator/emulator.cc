@@ -1,9 +1,11 @@
+
+#include "cuda_runtime.h"
+
 #include <cstdio>
 #include <map>
 #include <memory>
+#include <mutex>
 #include <vector>
-
-#include "cuda_runtime.h"
 
 namespace cuda_emulator {
 
@@ -212,6 +214,8 @@ void Exchange(uint32_t mask, const uint32_t* words, int count, uint32_t (*out)[8
 
 void Launch(dim3 grid, dim3 block, size_t shared_bytes, int cluster,
             const std::function<void()>& body) {
+  static std::mutex one_at_a_time;
+  const std::lock_guard<std::mutex> lock(one_at_a_time);
   kernel = &body;
   block_dim = block;
   grid_dim = grid;

@@ -1,0 +1,241 @@
+#!/usr/bin/env python3
+"""Two processes over every link: a server on one GPU, ckv replay on another (or the same).
+
+Usage: links.py --bin=DIR --out=DIR [--trace=FILE ...] [--faults] [--kills=N]
+Without --faults: replays the trace over peer, nccl and grpc and against a server without a GPU.
+Recalled bytes must be the same over all three, and the selections those of the CPU in 99.9 % of
+tokens. With --faults: kills the worker in the middle of a replay, --kills times per link; each time
+the server must serve another replay within 3 s, and at the end hold no more GPU memory than before.
+Writes DIR/links.json or DIR/faults.json, rows as in gpu.json.
+"""
+import argparse
+import json
+import os
+import pathlib
+import random
+import re
+import signal
+import subprocess
+import sys
+import time
+
+RECOVERY_SECONDS = 3.0
+
+
+def gpus():
+    listed = subprocess.run(["nvidia-smi", "--query-gpu=name", "--format=csv,noheader"],
+                            capture_output=True, text=True, check=True)
+    return listed.stdout.split("\n")[:-1]
+
+
+def memory_of(pid):
+    """MiB that a process holds on all GPUs, or of all GPUs where processes are not told apart."""
+    listed = subprocess.run(
+        ["nvidia-smi", "--query-compute-apps=pid,used_memory", "--format=csv,noheader,nounits"],
+        capture_output=True, text=True, check=True)
+    of = [int(m[2]) for m in re.finditer(r"(\d+), (\d+)", listed.stdout) if int(m[1]) == pid]
+    if of:
+        return sum(of)
+    listed = subprocess.run(["nvidia-smi", "--query-gpu=memory.used", "--format=csv,noheader,nounits"],
+                            capture_output=True, text=True, check=True)
+    return sum(int(line) for line in listed.stdout.split())
+
+
+class Server:
+    def __init__(self, args, device):
+        self.args = args
+        self.log = open(args.out / f"server.{device.replace(':', '')}.log", "w")
+        self.process = subprocess.Popen(
+            [args.bin / "clusterkv-server", f"--device={device}", "--listen=127.0.0.1:0",
+             "--admin_listen=127.0.0.1:0", "--arena_bytes=2GiB", "--session_ttl_ms=2000"],
+            stdout=subprocess.PIPE, stderr=self.log, text=True)
+        line = self.process.stdout.readline()
+        match = re.match(r"listening on (\S+), admin on (\S+)", line)
+        if match is None:
+            raise RuntimeError(f"the server did not start: see {self.log.name}")
+        self.address, self.admin = match[1], match[2]
+
+    def replay_command(self, link, device, *more):
+        return [self.args.bin / "ckv", "replay", f"--server={self.address}", f"--link={link}",
+                f"--device={device}", *more, *self.args.trace]
+
+    def status(self):
+        done = subprocess.run([self.args.bin / "ckv", "status", f"--server={self.address}",
+                               f"--admin={self.admin}", "--json=-"], capture_output=True, text=True)
+        return json.loads(done.stdout) if done.returncode == 0 else {}
+
+    def stop(self):
+        self.process.send_signal(signal.SIGTERM)
+        try:
+            return self.process.wait(timeout=20)
+        except subprocess.TimeoutExpired:
+            self.process.kill()
+            return -1
+
+
+def replay(server, link, device, name, *more):
+    out = server.args.out
+    command = server.replay_command(link, device, f"--json={out / name}.json",
+                                    f"--selections={out / name}.selections", *more)
+    begin = time.monotonic()
+    done = subprocess.run(command, capture_output=True, text=True, timeout=240)
+    seconds = time.monotonic() - begin
+    if done.returncode != 0:
+        raise RuntimeError(f"{name}: exit {done.returncode}: {done.stderr[-800:]}")
+    report = json.loads((out / f"{name}.json").read_text())
+    return report["runs"][0] | {"layers": report["layers"]}, seconds
+
+
+def equal_share(a, b):
+    """The share of selected tokens of `a` that `b` selected too, in the same step and head."""
+    both = total = 0
+    for left, right in zip(a.read_text().splitlines(), b.read_text().splitlines()):
+        wanted, got = left.split(":")[1].split(), set(right.split(":")[1].split())
+        total += len(wanted)
+        both += sum(position in got for position in wanted)
+    return both / max(total, 1)
+
+
+def run_links(args, failures):
+    rows = []
+    names = gpus()
+    worker = "cuda:1" if len(names) > 1 else "cuda:0"
+    cpu = Server(args, "cpu")
+    reference, _ = replay(cpu, "grpc", "cpu", "cpu")
+    cpu.stop()
+    server = Server(args, "cuda:0")
+    runs = {}
+    for link in ("grpc", "peer", "nccl", "grpc"):
+        name = link if link not in runs else link + ".again"
+        try:
+            runs[name], _ = replay(server, link, worker, name)
+        except (RuntimeError, subprocess.TimeoutExpired) as error:
+            failures.append(str(error))
+            continue
+        run = runs[name]
+        if run["link"] != link:
+            failures.append(f"{name}: went over {run['link']}: {run['link_reason']}")
+    status = server.status()
+    print(json.dumps(status, indent=1)[:3000])
+    code = server.stop()
+    if code != 0:
+        failures.append(f"the server ended with {code}")
+    for name, run in runs.items():
+        share = equal_share(args.out / "cpu.selections", args.out / f"{name}.selections")
+        if not share >= 0.999:
+            failures.append(f"{name}: {share:.5f} of the CPU's tokens")
+        rows.append({"name": f"replay over {name}: tokens selected as the CPU does", "value": share,
+                     "unit": "share", "peer": "CPU server", "peer_value": 1.0, "ratio": share,
+                     "target": ">= 0.999"})
+        for i, layer in enumerate(run["layers"]):
+            same = all(layer["recalled_digest"] == other["layers"][i]["recalled_digest"]
+                       for other in runs.values())
+            if not same:
+                failures.append(f"{name}: other recalled bytes than over other links, layer {i}")
+            rows.append({"name": f"replay over {name}, layer {i}: recalled bytes",
+                         "value": int(same), "unit": "1: those of all links", "peer": "all links",
+                         "peer_value": 1, "ratio": int(same), "target": "1"})
+            for what in ("select_us", "recall_us"):
+                value = layer[what]["p50"]
+                peer = reference["layers"][i][what]["p50"]
+                rows.append({"name": f"replay over {name}, layer {i}: {what} p50", "value": value,
+                             "unit": "us", "peer": "CPU server over grpc", "peer_value": peer,
+                             "ratio": value / peer if peer else None, "target": None})
+            rows.append({"name": f"replay over {name}, layer {i}: output error",
+                         "value": layer["output_error"], "unit": "of |full|", "peer": "CPU server",
+                         "peer_value": reference["layers"][i]["output_error"],
+                         "ratio": layer["output_error"] / reference["layers"][i]["output_error"],
+                         "target": "as the CPU"})
+        rows.append({"name": f"replay over {name}: prefill", "value": run["ingest_seconds"],
+                     "unit": "s", "peer": "CPU server", "peer_value": reference["ingest_seconds"],
+                     "ratio": run["ingest_seconds"] / reference["ingest_seconds"], "target": None})
+    return rows
+
+
+def run_faults(args, failures):
+    rows = []
+    names = gpus()
+    worker = "cuda:1" if len(names) > 1 else "cuda:0"
+    server = Server(args, "cuda:0")
+    rng = random.Random(args.seed)
+    print(f"seed {args.seed}")
+    for link in ("peer", "nccl", "grpc"):
+        # Once whole: how long a replay takes, and what stays loaded after the first one.
+        before_run, whole = replay(server, link, worker, f"{link}.whole")
+        time.sleep(0.5)
+        before = memory_of(server.process.pid)
+        _, short = replay(server, "grpc", "cpu", f"{link}.other", "--steps=4")
+        recoveries = []
+        for kill in range(args.kills):
+            process = subprocess.Popen(server.replay_command(link, worker), stdout=subprocess.DEVNULL,
+                                       stderr=subprocess.DEVNULL)
+            # Somewhere in its decoding, which is the latter half of it.
+            time.sleep(whole * rng.uniform(0.5, 0.95))
+            if process.poll() is not None:
+                failures.append(f"{link}: kill {kill}: the worker ended by itself: {process.poll()}")
+            process.kill()
+            process.wait()
+            try:
+                _, seconds = replay(server, "grpc", "cpu", f"{link}.other", "--steps=4")
+            except (RuntimeError, subprocess.TimeoutExpired) as error:
+                failures.append(f"{link}: after kill {kill}: {error}")
+                break
+            recoveries.append(seconds - short)
+        # Sessions of the killed end by their ttl, and with them attachments and links.
+        deadline = time.monotonic() + 15
+        while time.monotonic() < deadline:
+            stats = server.status().get("stats", {})
+            if stats.get("attachments") == 0 and stats.get("sequences") == 0:
+                break
+            time.sleep(0.5)
+        else:
+            failures.append(f"{link}: attachments or sequences of killed workers are still there")
+        time.sleep(1)
+        after = memory_of(server.process.pid)
+        if after > before:
+            failures.append(f"{link}: {before} MiB of GPU memory before, {after} after")
+        worst = max(recoveries, default=-1)
+        if not 0 <= len(recoveries) == args.kills or worst > RECOVERY_SECONDS:
+            failures.append(f"{link}: {len(recoveries)} of {args.kills}, slowest {worst:.2f} s")
+        rows.append({"name": f"{link}: worker killed {args.kills} times: another replay, slowest over "
+                             "an undisturbed one", "value": worst, "unit": "s", "peer": "undisturbed",
+                     "peer_value": short, "ratio": None, "target": f"<= {RECOVERY_SECONDS}"})
+        rows.append({"name": f"{link}: GPU memory after the kills", "value": after, "unit": "MiB",
+                     "peer": "before", "peer_value": before, "ratio": after / max(before, 1),
+                     "target": "<= 1"})
+        run, _ = replay(server, link, worker, f"{link}.after")
+        for a, b in zip(run["layers"], before_run["layers"]):
+            if a["recalled_digest"] != b["recalled_digest"]:
+                failures.append(f"{link}: other bytes after the kills than before")
+    code = server.stop()
+    if code != 0:
+        failures.append(f"the server ended with {code}")
+    return rows
+
+
+def main():
+    parser = argparse.ArgumentParser()
+    parser.add_argument("--bin", type=pathlib.Path, required=True)
+    parser.add_argument("--out", type=pathlib.Path, required=True)
+    parser.add_argument("--trace", action="append")
+    parser.add_argument("--faults", action="store_true")
+    parser.add_argument("--kills", type=int, default=20)
+    parser.add_argument("--seed", type=int, default=int(os.environ.get("CLUSTERKV_SEED", "1")))
+    args = parser.parse_args()
+    if not args.trace:
+        data = pathlib.Path(__file__).resolve().parent.parent / "data"
+        args.trace = sorted(data.glob("moby_dick_8k.layer*.safetensors"))
+    args.out.mkdir(parents=True, exist_ok=True)
+    failures = []
+    rows = run_faults(args, failures) if args.faults else run_links(args, failures)
+    for row in rows:
+        print(f"{row['name']}: {row['value']} {row['unit']} ({row['peer']}: {row['peer_value']})")
+    name = "faults.json" if args.faults else "links.json"
+    (args.out / name).write_text(json.dumps(rows, indent=1) + "\n")
+    for failure in failures:
+        print("FAILED", failure)
+    return 1 if failures else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
