@@ -328,6 +328,13 @@ absl::Status Selector::CheckStart(Batch& batch, const Item& item) const {
 
 bool Selector::FitsDevice(const Item& item) const {
   if (device_ == nullptr || !device_->healthy() || item.snapshot->parts.empty()) return false;
+  // Far beyond any model's: whether their logits overflow is for the host to tell.
+  constexpr float kGreatQuery = 1e12f;
+  const std::vector<float>& queries = item.call.queries;
+  if (std::any_of(queries.begin(), queries.end(),
+                  [](float q) { return std::abs(q) > kGreatQuery; })) {
+    return false;
+  }
   const LayerSnapshot& layer = *item.snapshot;
   return device_->CanSelect(item.sequence->params().shape, item.select,
                             layer.window_begin - layer.sink_tokens) &&

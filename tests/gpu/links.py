@@ -64,6 +64,14 @@ class Server:
                                f"--admin={self.admin}", "--json=-"], capture_output=True, text=True)
         return json.loads(done.stdout) if done.returncode == 0 else {}
 
+    def await_selects(self, process):
+        """Until `process`, the only worker, has begun to decode, or ended."""
+        selects = lambda: self.status().get("stats", {}).get("selects", 0)
+        before = selects()
+        deadline = time.monotonic() + 30
+        while selects() == before and process.poll() is None and time.monotonic() < deadline:
+            pass
+
     def stop(self):
         self.process.send_signal(signal.SIGTERM)
         try:
@@ -105,7 +113,8 @@ def run_links(args, failures):
     cpu.stop()
     server = Server(args, "cuda:0")
     runs = {}
-    for link in ("grpc", "peer", "nccl", "grpc"):
+    # NCCL refuses two ranks on one GPU.
+    for link in ("grpc", "peer", "nccl", "grpc") if len(names) > 1 else ("grpc", "peer", "grpc"):
         name = link if link not in runs else link + ".again"
         try:
             runs[name], _ = replay(server, link, worker, name)
@@ -159,20 +168,20 @@ def run_faults(args, failures):
     server = Server(args, "cuda:0")
     rng = random.Random(args.seed)
     print(f"seed {args.seed}")
-    for link in ("peer", "nccl", "grpc"):
+    for link in ("peer", "nccl", "grpc") if len(names) > 1 else ("peer", "grpc"):
         # Once whole: how long a replay takes, and what stays loaded after the first one.
-        before_run, whole = replay(server, link, worker, f"{link}.whole")
+        before_run, _ = replay(server, link, worker, f"{link}.whole")
         time.sleep(0.5)
         before = memory_of(server.process.pid)
         _, short = replay(server, "grpc", "cpu", f"{link}.other", "--steps=4")
-        recoveries = []
+        recoveries, in_time = [], 0
+        decoding = before_run["decode_seconds"]
         for kill in range(args.kills):
             process = subprocess.Popen(server.replay_command(link, worker), stdout=subprocess.DEVNULL,
                                        stderr=subprocess.DEVNULL)
-            # Somewhere in its decoding, which is the latter half of it.
-            time.sleep(whole * rng.uniform(0.5, 0.95))
-            if process.poll() is not None:
-                failures.append(f"{link}: kill {kill}: the worker ended by itself: {process.poll()}")
+            server.await_selects(process)
+            time.sleep(decoding * rng.uniform(0.0, 0.8))
+            in_time += process.poll() is None
             process.kill()
             process.wait()
             try:
@@ -194,6 +203,9 @@ def run_faults(args, failures):
         after = memory_of(server.process.pid)
         if after > before:
             failures.append(f"{link}: {before} MiB of GPU memory before, {after} after")
+        print(f"{link}: {in_time} of {args.kills} workers were killed while they decoded")
+        if in_time < args.kills * 0.8:
+            failures.append(f"{link}: only {in_time} workers were killed while they decoded")
         worst = max(recoveries, default=-1)
         if not 0 <= len(recoveries) == args.kills or worst > RECOVERY_SECONDS:
             failures.append(f"{link}: {len(recoveries)} of {args.kills}, slowest {worst:.2f} s")

@@ -3,11 +3,15 @@
 #include <gtest/gtest.h>
 
 #include <cmath>
+#include <string>
 #include <utility>
 #include <vector>
 
 #include "cache_service/cuda_device.h"
+#include "kernels/base/host_id.h"
+#include "kernels/hot_cache/hot_cache.h"
 #include "tests/cache_service/shard_harness.h"
+#include "worker/cuda_window.h"
 
 namespace clusterkv::cache_service {
 namespace {
@@ -107,6 +111,120 @@ TEST_F(ShardDeviceTest, ABatchOfDifferentSequencesIsAnsweredItemByItem) {
   }
   ASSERT_EQ(answers[0].size(), 6u);
   for (size_t i = 0; i < 6; ++i) ExpectClose(answers[0][i], answers[1][i]);
+}
+
+// One token's K then V of one KV head, as they came: the raw record.
+std::string RawRecord(const TestKv& kv, int64_t layer, int64_t head, int64_t token) {
+  const size_t bytes = static_cast<size_t>(kv.row_bytes()) / kv.shape.kv_heads();
+  const size_t at = static_cast<size_t>(token * kv.row_bytes()) + static_cast<size_t>(head) * bytes;
+  const TestKv::Layer& rows = kv.layers[static_cast<size_t>(layer)];
+  return rows.keys.substr(at, bytes) + rows.values.substr(at, bytes);
+}
+
+TEST_F(ShardDeviceTest, APeerLinkPutsRecordsIntoTheWorkersSlots) {
+  const TestKv kv = MakeKv(TestShape(), kPrompt, 1);
+  const auto shard = Make(true, 32 << 10);
+  shard->Ready(OpenRequest("a", kv, kPrompt), kv);
+  v1::AttachRequest attach;
+  *attach.mutable_sequence() = Handle("a");
+  attach.mutable_hot_cache()->set_capacity_tokens(96);
+  attach.add_links(v1::LINK_PEER);
+  attach.set_host(kernels::HostId());
+  const v1::AttachResponse attached = (*shard)->Attach(attach).value();
+  ASSERT_EQ(attached.link(), v1::LINK_PEER) << attached.link_reason();
+  kernels::HotCacheParams params;
+  params.capacity_tokens = 96;
+  params.step_tokens = attached.max_exact_tokens();
+  std::vector<kernels::HotCache> mirrors;
+  for (uint32_t h = 0; h < kv.shape.kv_heads(); ++h) {
+    mirrors.push_back(kernels::HotCache::Create(params).value());
+  }
+  const int64_t record_bytes = static_cast<int64_t>(RawRecord(kv, 0, 0, 0).size());
+  worker::RecordWindow::Layout layout;
+  layout.layers = 2;
+  layout.kv_heads = kv.shape.kv_heads();
+  layout.slots = mirrors[0].slot_count();
+  layout.record_bytes = record_bytes;
+  layout.max_records = layout.kv_heads * params.step_tokens;
+  const auto window = worker::MakeCudaWindow(0, layout).value();
+  v1::ConnectLinkRequest connect;
+  connect.set_attachment_id(attached.attachment_id());
+  connect.set_link(v1::LINK_PEER);
+  *connect.mutable_window() = window->Export().value();
+  const v1::ConnectLinkResponse connected = (*shard)->ConnectLink(connect).value();
+  ASSERT_EQ(connected.link(), v1::LINK_PEER) << connected.link_reason();
+  EXPECT_EQ(connected.generation(), 1u);
+
+  uint64_t recalled = 0;
+  for (uint64_t step = 0; step < 5; ++step) {
+    std::vector<SelectCall> calls(1);
+    calls[0].attachment_id = attached.attachment_id();
+    calls[0].layer = 1;
+    calls[0].queries = MakeQueries(kv.shape, 100 + step);
+    calls[0].recall = true;
+    calls[0].step = step;
+    const SelectAnswer answer = shard->Select(std::move(calls)).items[0];
+    ASSERT_TRUE(answer.status.ok()) << answer.status;
+    ASSERT_TRUE(answer.by_link);
+    EXPECT_EQ(answer.link_generation, 1u);
+    std::vector<worker::LinkedRecord> linked;
+    std::vector<std::string> expected;
+    std::vector<std::string> got(static_cast<size_t>(answer.misses),
+                                 std::string(static_cast<size_t>(record_bytes), '?'));
+    for (size_t h = 0; h < answer.heads.size(); ++h) {
+      const std::vector<int32_t>& positions = answer.heads[h].positions;
+      std::vector<int32_t> slots(positions.size());
+      std::vector<uint8_t> hits(positions.size());
+      ASSERT_TRUE(
+          mirrors[h].Resolve(positions, {}, absl::MakeSpan(slots), absl::MakeSpan(hits)).ok());
+      EXPECT_TRUE(answer.recalls[h].records.empty());
+      for (size_t i = 0; i < positions.size(); ++i) {
+        if (hits[i] != 0) continue;
+        auto* copy = reinterpret_cast<std::byte*>(got[linked.size()].data());
+        linked.push_back({static_cast<int64_t>(h), slots[i], copy});
+        expected.push_back(RawRecord(kv, 1, static_cast<int64_t>(h), positions[i]));
+      }
+    }
+    ASSERT_EQ(static_cast<int64_t>(linked.size()), answer.misses);
+    ASSERT_TRUE(window->Take(v1::LINK_PEER, 1, linked, absl::InfiniteFuture()).ok());
+    EXPECT_EQ(got, expected) << step;
+    recalled += linked.size();
+  }
+  EXPECT_EQ((*shard)->GetStats().link_bytes(), recalled * static_cast<uint64_t>(record_bytes));
+
+  // Taken away, records come in the answer again.
+  connect.set_link(v1::LINK_GRPC);
+  EXPECT_EQ((*shard)->ConnectLink(connect).value().link(), v1::LINK_GRPC);
+  std::vector<SelectCall> calls(1);
+  calls[0].attachment_id = attached.attachment_id();
+  calls[0].layer = 1;
+  calls[0].queries = MakeQueries(kv.shape, 200);
+  calls[0].recall = true;
+  calls[0].step = 5;
+  const SelectAnswer answer = shard->Select(std::move(calls)).items[0];
+  ASSERT_TRUE(answer.status.ok()) << answer.status;
+  EXPECT_FALSE(answer.by_link);
+  EXPECT_EQ(answer.recalls[0].records.size(), answer.recalls[0].positions.size());
+}
+
+TEST_F(ShardDeviceTest, AWindowThatIsTooSmallIsRefused) {
+  const TestKv kv = MakeKv(TestShape(), kPrompt, 1);
+  const auto shard = Make(true, 32 << 10);
+  shard->Ready(OpenRequest("a", kv, kPrompt), kv);
+  v1::AttachRequest attach;
+  *attach.mutable_sequence() = Handle("a");
+  attach.mutable_hot_cache()->set_capacity_tokens(96);
+  v1::ConnectLinkRequest connect;
+  connect.set_attachment_id((*shard)->Attach(attach).value().attachment_id());
+  connect.set_link(v1::LINK_PEER);
+  connect.mutable_window()->set_head_bytes(96 * 128 - 1);
+  connect.mutable_window()->set_layer_bytes(1 << 20);
+  connect.mutable_window()->set_bytes(2 << 20);
+  const absl::Status status = (*shard)->ConnectLink(connect).status();
+  EXPECT_EQ(Reason(status), v1::INVALID_FIELD);
+  EXPECT_EQ(Metadata(status, "field"), "window.head_bytes");
+  connect.set_attachment_id(1);
+  EXPECT_EQ(Reason((*shard)->ConnectLink(connect).status()), v1::ATTACHMENT_NOT_FOUND);
 }
 
 TEST_F(ShardDeviceTest, QueriesWhoseLogitsOverflowAreTheHostsError) {
