@@ -23,7 +23,8 @@ namespace clusterkv::kernels {
 
 namespace {
 
-constexpr absl::Duration kPoll = absl::Microseconds(200);
+// Queueing a message takes tens of microseconds: who waits for that spins at first.
+constexpr absl::Duration kSpin = absl::Milliseconds(2), kPoll = absl::Microseconds(200);
 // A call that only queues work ends within this, or never.
 constexpr absl::Duration kCallTimeout = absl::Seconds(2);
 constexpr int64_t kFirstMessageBytes = 256;
@@ -77,14 +78,16 @@ absl::Status NcclStatus(ncclResult_t result, const char* what) {
 struct NcclComm::Impl {
   // Until what was begun is no longer in progress. Errors: DeadlineExceeded, Unavailable.
   absl::Status Await(const char* what, absl::Time deadline) ABSL_EXCLUSIVE_LOCKS_REQUIRED(mutex) {
+    const absl::Time sleeps_from = absl::Now() + kSpin;
     while (true) {
       ncclResult_t state = ncclSuccess;
       CKV_RETURN_IF_ERROR(NcclStatus(GetLibrary().async_error(comm, &state), what));
       if (state != ncclInProgress) return NcclStatus(state, what);
-      if (absl::Now() >= deadline) {
+      const absl::Time now = absl::Now();
+      if (now >= deadline) {
         return absl::DeadlineExceededError(absl::StrCat("nccl: ", what, " took too long"));
       }
-      absl::SleepFor(kPoll);
+      if (now >= sleeps_from) absl::SleepFor(kPoll);
     }
   }
   absl::Status Check(ncclResult_t result, const char* what, absl::Time deadline)

@@ -121,87 +121,112 @@ std::string RawRecord(const TestKv& kv, int64_t layer, int64_t head, int64_t tok
   return rows.keys.substr(at, bytes) + rows.values.substr(at, bytes);
 }
 
-TEST_F(ShardDeviceTest, APeerLinkPutsRecordsIntoTheWorkersSlots) {
-  const TestKv kv = MakeKv(TestShape(), kPrompt, 1);
-  const auto shard = Make(true, 32 << 10);
-  shard->Ready(OpenRequest("a", kv, kPrompt), kv);
-  v1::AttachRequest attach;
-  *attach.mutable_sequence() = Handle("a");
-  attach.mutable_hot_cache()->set_capacity_tokens(96);
-  attach.add_links(v1::LINK_PEER);
-  attach.set_host(kernels::HostId());
-  const v1::AttachResponse attached = (*shard)->Attach(attach).value();
-  ASSERT_EQ(attached.link(), v1::LINK_PEER) << attached.link_reason();
-  kernels::HotCacheParams params;
-  params.capacity_tokens = 96;
-  params.step_tokens = attached.max_exact_tokens();
-  std::vector<kernels::HotCache> mirrors;
-  for (uint32_t h = 0; h < kv.shape.kv_heads(); ++h) {
-    mirrors.push_back(kernels::HotCache::Create(params).value());
-  }
-  const int64_t record_bytes = static_cast<int64_t>(RawRecord(kv, 0, 0, 0).size());
-  worker::RecordWindow::Layout layout;
-  layout.layers = 2;
-  layout.kv_heads = kv.shape.kv_heads();
-  layout.slots = mirrors[0].slot_count();
-  layout.record_bytes = record_bytes;
-  layout.max_records = layout.kv_heads * params.step_tokens;
-  const auto window = worker::MakeCudaWindow(0, layout).value();
-  v1::ConnectLinkRequest connect;
-  connect.set_attachment_id(attached.attachment_id());
-  connect.set_link(v1::LINK_PEER);
-  *connect.mutable_window() = window->Export().value();
-  const v1::ConnectLinkResponse connected = (*shard)->ConnectLink(connect).value();
-  ASSERT_EQ(connected.link(), v1::LINK_PEER) << connected.link_reason();
-  EXPECT_EQ(connected.generation(), 1u);
+constexpr int64_t kCapacity = 96;
 
-  uint64_t recalled = 0;
-  for (uint64_t step = 0; step < 5; ++step) {
+// A worker of sequence "a" with a window of its own, on the shard's device.
+class PeerWorker {
+ public:
+  PeerWorker(ShardHarness* shard, const TestKv& kv) : shard_(*shard), kv_(kv) {
+    v1::AttachRequest attach;
+    *attach.mutable_sequence() = Handle("a");
+    attach.mutable_hot_cache()->set_capacity_tokens(kCapacity);
+    attach.add_links(v1::LINK_PEER);
+    attach.set_host(kernels::HostId());
+    const v1::AttachResponse attached = shard_->Attach(attach).value();
+    EXPECT_EQ(attached.link(), v1::LINK_PEER) << attached.link_reason();
+    attachment_id_ = attached.attachment_id();
+    kernels::HotCacheParams params;
+    params.capacity_tokens = kCapacity;
+    params.step_tokens = attached.max_exact_tokens();
+    for (uint32_t h = 0; h < kv.shape.kv_heads(); ++h) {
+      mirrors_.push_back(kernels::HotCache::Create(params).value());
+    }
+    worker::RecordWindow::Layout layout;
+    layout.layers = kv.shape.layers();
+    layout.kv_heads = kv.shape.kv_heads();
+    layout.slots = mirrors_[0].slot_count();
+    layout.record_bytes = record_bytes();
+    layout.max_records = layout.kv_heads * params.step_tokens;
+    window_ = worker::MakeCudaWindow(0, layout).value();
+  }
+
+  v1::ConnectLinkResponse Connect(v1::Link link) {
+    v1::ConnectLinkRequest connect;
+    connect.set_attachment_id(attachment_id_);
+    connect.set_link(link);
+    *connect.mutable_window() = window_->Export().value();
+    return shard_->ConnectLink(connect).value();
+  }
+
+  SelectAnswer Select(uint64_t step) {
     std::vector<SelectCall> calls(1);
-    calls[0].attachment_id = attached.attachment_id();
+    calls[0].attachment_id = attachment_id_;
     calls[0].layer = 1;
-    calls[0].queries = MakeQueries(kv.shape, 100 + step);
+    calls[0].queries = MakeQueries(kv_.shape, 100 + step);
     calls[0].recall = true;
     calls[0].step = step;
-    const SelectAnswer answer = shard->Select(std::move(calls)).items[0];
-    ASSERT_TRUE(answer.status.ok()) << answer.status;
-    ASSERT_TRUE(answer.by_link);
-    EXPECT_EQ(answer.link_generation, 1u);
+    return shard_.Select(std::move(calls)).items[0];
+  }
+
+  // Expects the records that the step missed to be in this worker's slots; returns how many.
+  int64_t TakeAndCompare(const SelectAnswer& answer) {
     std::vector<worker::LinkedRecord> linked;
     std::vector<std::string> expected;
     std::vector<std::string> got(static_cast<size_t>(answer.misses),
-                                 std::string(static_cast<size_t>(record_bytes), '?'));
+                                 std::string(static_cast<size_t>(record_bytes()), '?'));
     for (size_t h = 0; h < answer.heads.size(); ++h) {
       const std::vector<int32_t>& positions = answer.heads[h].positions;
       std::vector<int32_t> slots(positions.size());
       std::vector<uint8_t> hits(positions.size());
-      ASSERT_TRUE(
-          mirrors[h].Resolve(positions, {}, absl::MakeSpan(slots), absl::MakeSpan(hits)).ok());
+      EXPECT_TRUE(
+          mirrors_[h].Resolve(positions, {}, absl::MakeSpan(slots), absl::MakeSpan(hits)).ok());
       EXPECT_TRUE(answer.recalls[h].records.empty());
       for (size_t i = 0; i < positions.size(); ++i) {
         if (hits[i] != 0) continue;
-        auto* copy = reinterpret_cast<std::byte*>(got[linked.size()].data());
+        auto* copy = reinterpret_cast<std::byte*>(got.at(linked.size()).data());
         linked.push_back({static_cast<int64_t>(h), slots[i], copy});
-        expected.push_back(RawRecord(kv, 1, static_cast<int64_t>(h), positions[i]));
+        expected.push_back(RawRecord(kv_, 1, static_cast<int64_t>(h), positions[i]));
       }
     }
-    ASSERT_EQ(static_cast<int64_t>(linked.size()), answer.misses);
-    ASSERT_TRUE(window->Take(v1::LINK_PEER, 1, linked, absl::InfiniteFuture()).ok());
-    EXPECT_EQ(got, expected) << step;
-    recalled += linked.size();
+    EXPECT_EQ(static_cast<int64_t>(linked.size()), answer.misses);
+    EXPECT_TRUE(window_->Take(v1::LINK_PEER, 1, linked, absl::InfiniteFuture()).ok());
+    EXPECT_EQ(got, expected);
+    return answer.misses;
   }
-  EXPECT_EQ((*shard)->GetStats().link_bytes(), recalled * static_cast<uint64_t>(record_bytes));
+
+  int64_t record_bytes() const { return static_cast<int64_t>(RawRecord(kv_, 0, 0, 0).size()); }
+
+ private:
+  ShardHarness& shard_;
+  const TestKv& kv_;
+  uint64_t attachment_id_ = 0;
+  std::vector<kernels::HotCache> mirrors_;  // [kv_heads]
+  std::unique_ptr<worker::RecordWindow> window_;
+};
+
+TEST_F(ShardDeviceTest, APeerLinkPutsRecordsIntoTheWorkersSlots) {
+  const TestKv kv = MakeKv(TestShape(), kPrompt, 1);
+  const auto shard = Make(true, 32 << 10);
+  shard->Ready(OpenRequest("a", kv, kPrompt), kv);
+  PeerWorker worker(shard.get(), kv);
+  const v1::ConnectLinkResponse connected = worker.Connect(v1::LINK_PEER);
+  ASSERT_EQ(connected.link(), v1::LINK_PEER) << connected.link_reason();
+  EXPECT_EQ(connected.generation(), 1u);
+  int64_t recalled = 0;
+  for (uint64_t step = 0; step < 5; ++step) {
+    const SelectAnswer answer = worker.Select(step);
+    ASSERT_TRUE(answer.status.ok()) << answer.status;
+    ASSERT_TRUE(answer.by_link);
+    EXPECT_EQ(answer.link_generation, 1u);
+    recalled += worker.TakeAndCompare(answer);
+  }
+  EXPECT_GT(recalled, 0);
+  EXPECT_EQ((*shard)->GetStats().link_bytes(),
+            static_cast<uint64_t>(recalled * worker.record_bytes()));
 
   // Taken away, records come in the answer again.
-  connect.set_link(v1::LINK_GRPC);
-  EXPECT_EQ((*shard)->ConnectLink(connect).value().link(), v1::LINK_GRPC);
-  std::vector<SelectCall> calls(1);
-  calls[0].attachment_id = attached.attachment_id();
-  calls[0].layer = 1;
-  calls[0].queries = MakeQueries(kv.shape, 200);
-  calls[0].recall = true;
-  calls[0].step = 5;
-  const SelectAnswer answer = shard->Select(std::move(calls)).items[0];
+  EXPECT_EQ(worker.Connect(v1::LINK_GRPC).link(), v1::LINK_GRPC);
+  const SelectAnswer answer = worker.Select(5);
   ASSERT_TRUE(answer.status.ok()) << answer.status;
   EXPECT_FALSE(answer.by_link);
   EXPECT_EQ(answer.recalls[0].records.size(), answer.recalls[0].positions.size());

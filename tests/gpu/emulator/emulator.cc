@@ -1,11 +1,11 @@
 
-#include "cuda_runtime.h"
-
 #include <cstdio>
 #include <map>
 #include <memory>
 #include <mutex>
 #include <vector>
+
+#include "cuda_runtime.h"
 
 namespace cuda_emulator {
 
