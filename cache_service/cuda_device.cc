@@ -375,6 +375,7 @@ std::unique_ptr<CudaPart> CudaDevice::MakePart(const IndexPartView& view,
   device_part.codes = view_of(view.codes);
   device_part.records = view_of(view.records);
   device_part.channels = view_of(view.channels);
+  device_part.remainders = view_of(view.remainders);
   return part;
 }
 

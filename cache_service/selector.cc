@@ -376,12 +376,19 @@ void Selector::RunOnDevice(const std::shared_ptr<Batch>& batch, const std::vecto
       left.push_back(&item);
       continue;
     }
+    absl::Status status;
     for (size_t head = 0; head < item.answer->heads.size(); ++head) {
-      item.answer->estimated_tokens[head] = TokensOfClusters(
-          *item.snapshot, static_cast<int64_t>(head), item.answer->heads[head].estimated_clusters);
+      const auto number = static_cast<int64_t>(head);
+      item.answer->estimated_tokens[head] =
+          TokensOfClusters(*item.snapshot, number, item.answer->heads[head].estimated_clusters);
+      status.Update(CorrectHead(item, number));
     }
     counters_.device_selects.fetch_add(1);
-    Conclude(batch, item);
+    if (status.ok()) {
+      Conclude(batch, item);
+    } else {
+      Finish(batch, item, std::move(status));
+    }
   }
   counters_.device_fallbacks.fetch_add(left.size());
   if (!left.empty()) RunOnHost(batch, left, /*inline_ok=*/false);

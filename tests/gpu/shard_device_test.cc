@@ -39,6 +39,11 @@ class ShardDeviceTest : public ::testing::Test {
     ASSERT_TRUE(got.status.ok()) << got.status;
     ASSERT_TRUE(want.status.ok()) << want.status;
     ASSERT_EQ(got.heads.size(), want.heads.size());
+    ASSERT_EQ(got.corrections.size(), want.corrections.size());
+    for (size_t h = 0; h < got.corrections.size(); ++h) {
+      EXPECT_EQ(got.corrections[h].codes, want.corrections[h].codes) << h;
+      EXPECT_EQ(got.corrections[h].log_scales, want.corrections[h].log_scales) << h;
+    }
     EXPECT_EQ(got.window_begin, want.window_begin);
     EXPECT_EQ(got.estimated_tokens, want.estimated_tokens);
     for (size_t h = 0; h < got.heads.size(); ++h) {
