@@ -36,7 +36,8 @@ def memory_of(pid):
     of = [int(m[2]) for m in re.finditer(r"(\d+), (\d+)", listed.stdout) if int(m[1]) == pid]
     if of:
         return sum(of)
-    listed = subprocess.run(["nvidia-smi", "--query-gpu=memory.used", "--format=csv,noheader,nounits"],
+    listed = subprocess.run(
+        ["nvidia-smi", "--query-gpu=memory.used", "--format=csv,noheader,nounits"],
                             capture_output=True, text=True, check=True)
     return sum(int(line) for line in listed.stdout.split())
 
@@ -47,13 +48,13 @@ SOCKETS = {"NCCL_P2P_DISABLE": "1", "NCCL_SHM_DISABLE": "1", "NCCL_NET": "Socket
 
 
 class Server:
-    def __init__(self, args, device, environment=None):
+    def __init__(self, args, device, environment=None, arena="2GiB"):
         self.args = args
         self.environment = os.environ | (environment or {})
         self.log = open(args.out / f"server.{device.replace(':', '')}.log", "a")
         self.process = subprocess.Popen(
             [args.bin / "clusterkv-server", f"--device={device}", "--listen=127.0.0.1:0",
-             "--admin_listen=127.0.0.1:0", "--arena_bytes=2GiB", "--session_ttl_ms=2000"],
+             "--admin_listen=127.0.0.1:0", f"--arena_bytes={arena}", "--session_ttl_ms=2000"],
             stdout=subprocess.PIPE, stderr=self.log, text=True, env=self.environment)
         line = self.process.stdout.readline()
         match = re.match(r"listening on (\S+), admin on (\S+)", line)
@@ -177,6 +178,47 @@ def run_links(args, failures):
     return rows
 
 
+def run_service(args, failures):
+    """Selects of a 32k context of Llama-3.1-8B's heads: a server with a GPU beside one without."""
+    rows, found = [], {}
+    shape = ["--tokens=32768", "--layers=1", "--kv_heads=8", "--query_heads=32", "--head_dim=128"]
+    loads = {"one at a time": ["--items=1", "--concurrency=1"],
+             "batches of 16": ["--items=16", "--concurrency=1"],
+             "batches of 16, 4 at a time": ["--items=16", "--concurrency=4", "--connections=4"]}
+    for device in ("cpu", "cuda:0"):
+        server = Server(args, device, arena="4GiB")
+        seeded = subprocess.run([args.bin / "ckv", "seed", f"--server={server.address}",
+                                 "--sequences=2", *shape], capture_output=True, text=True)
+        if seeded.returncode != 0:
+            failures.append(f"seed on {device}: {seeded.stderr[-500:]}")
+        for name, load in loads.items():
+            report = args.out / f"bench.{device.replace(':', '')}.{len(found)}.json"
+            done = subprocess.run([args.bin / "ckv", "bench", f"--server={server.address}",
+                                   "--duration=3s", f"--json={report}", *load],
+                                  capture_output=True, text=True)
+            if done.returncode != 0:
+                failures.append(f"bench on {device}: {done.stderr[-500:]}")
+                continue
+            found[device, name] = json.loads(report.read_text())
+        print(device, json.dumps(server.status().get("stats", {})))
+        server.stop()
+    for name, load in loads.items():
+        runs = [found.get((device, name)) for device in ("cuda:0", "cpu")]
+        if None in runs:
+            continue
+        items = int(load[0].split("=")[1])
+        p50 = [next(entry["latency"] for entry in run["latencyDistribution"]
+                    if entry["percentage"] == 50) / 1e3 for run in runs]
+        rates = [run["rps"] * items for run in runs]
+        rows.append({"name": f"select over gRPC, 32k x 8 heads, {name}: p50", "value": p50[0],
+                     "unit": "us", "peer": "CPU server", "peer_value": p50[1],
+                     "ratio": p50[0] / p50[1], "target": None})
+        rows.append({"name": f"select over gRPC, 32k x 8 heads, {name}: selects", "value": rates[0],
+                     "unit": "1/s", "peer": "CPU server", "peer_value": rates[1],
+                     "ratio": rates[0] / rates[1], "target": None})
+    return rows
+
+
 def run_faults(args, failures):
     rows = []
     names = gpus()
@@ -256,7 +298,10 @@ def main():
         args.trace = sorted(data.glob("moby_dick_8k.layer*.safetensors"))
     args.out.mkdir(parents=True, exist_ok=True)
     failures = []
-    rows = run_faults(args, failures) if args.faults else run_links(args, failures)
+    if args.faults:
+        rows = run_faults(args, failures)
+    else:
+        rows = run_links(args, failures) + run_service(args, failures)
     for row in rows:
         print(f"{row['name']}: {row['value']} {row['unit']} ({row['peer']}: {row['peer_value']})")
     name = "faults.json" if args.faults else "links.json"

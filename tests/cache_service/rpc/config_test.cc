@@ -132,7 +132,7 @@ TEST(ConfigTest, AWrongValueIsRefusedWithItsPlaceAndField) {
            {"--listen=localhost:99999", "expected host:port"},
            {"--admin_listen=:1", "expected host:port"},
            {"--metrics_listen=unix:x", "expected host:port"},
-           {"--device=tpu", "--device: device: expected cpu, got \"tpu\""},
+           {"--device=tpu", "--device: device: expected cpu, cuda or cuda:N, got \"tpu\""},
            {"--log_level=loud", "log_level: expected debug, info, warning or error"},
            {"--log_format=xml", "log_format: expected json or text"},
            {"--max_chunk_bytes=100", "max_chunk_bytes: expected 4096 to 4194304, got 100"},
