@@ -130,10 +130,13 @@ absl::Status Sequence::PutChunk(const KvChunkView& chunk) {
   CKV_RETURN_IF_ERROR(CheckLayer(chunk.layer));
   if (chunk.tokens < 1 || chunk.first_token < 0 ||
       chunk.first_token > params_.prompt_tokens - chunk.tokens) {
-    return FieldError(
-        v1::TOKENS_OUT_OF_RANGE, "tokens",
-        absl::StrCat("a range in [0, ", params_.prompt_tokens, ")"),
-        absl::StrCat("[", chunk.first_token, ", ", chunk.first_token + chunk.tokens, ")"));
+    // Numbers of the caller's, whose sum may be none.
+    int64_t end = 0;
+    const bool ends = !__builtin_add_overflow(chunk.first_token, chunk.tokens, &end);
+    return FieldError(v1::TOKENS_OUT_OF_RANGE, "tokens",
+                      absl::StrCat("a range in [0, ", params_.prompt_tokens, ")"),
+                      absl::StrCat("[", chunk.first_token, ", ",
+                                   ends ? absl::StrCat(end) : std::string("2^63 or more"), ")"));
   }
   const TokenSpan span{chunk.first_token, chunk.first_token + chunk.tokens};
   CKV_RETURN_IF_ERROR(CheckRows(chunk.layer, span, chunk.keys, chunk.values));
