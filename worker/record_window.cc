@@ -40,12 +40,11 @@ std::string WhyNoWindow(const std::string& device, v1::Link link) {
 
 absl::StatusOr<std::unique_ptr<RecordWindow>> MakeRecordWindow(const std::string& device,
                                                                const RecordWindow::Layout& layout) {
-  const std::optional<int> ordinal = OrdinalOf(device);
   if (std::string why = WhyNoWindow(device, v1::LINK_PEER); !why.empty()) {
     return absl::UnavailableError(why);
   }
 #ifdef CLUSTERKV_HAS_CUDA
-  return MakeCudaWindow(*ordinal, layout);
+  return MakeCudaWindow(*OrdinalOf(device), layout);
 #else
   (void)layout;
   return absl::UnavailableError("this worker was built without CUDA");
