@@ -5,13 +5,30 @@ from __future__ import annotations
 import math
 from xml.sax.saxutils import escape
 
-WIDTH, HEIGHT, LEFT, RIGHT, TOP, BOTTOM = 760, 420, 70, 190, 40, 56
-COLOURS = ("#1b6ca8", "#c8553d", "#2a9d63", "#8a5fbf", "#b8860b", "#47606e", "#d1477a")
+WIDTH, HEIGHT, LEFT, RIGHT, TOP, BOTTOM = 820, 420, 70, 240, 56, 56
+COLOURS = ("#47606e", "#c8553d", "#1b6ca8", "#2a9d63", "#8a5fbf", "#b8860b", "#d1477a", "#4fb3bf", "#7a4b2a",
+           "#9aa0a6", "#6b8e23", "#000000")
+DEFAULT_W, DEFAULT_CODES = 2048, "2:32"
 
 
 def _ticks(low: float, high: float) -> list[float]:
     return [m * 10.0 ** e for e in range(math.floor(math.log10(low)), math.ceil(math.log10(high)) + 1)
             for m in (1, 2, 5) if low <= m * 10.0 ** e <= high]
+
+
+def _powers(low: float, high: float) -> list[float]:
+    return [2.0 ** e for e in range(math.ceil(math.log2(low)), math.floor(math.log2(high)) + 1)]
+
+
+def _name(row: dict) -> str:
+    name = f'{row["method"]}@{row["budget"]}'
+    if row.get("codec") not in (None, "", "raw"):
+        name += f', {row["codec"]}'
+    if row.get("coded_tokens") not in (None, 0, DEFAULT_W):
+        name += f', W = {row["coded_tokens"]:,}'
+    if row.get("codes") not in (None, DEFAULT_CODES):
+        name += f', codes {row["codes"]}'
+    return name
 
 
 def _bytes(number: float) -> str:
@@ -26,8 +43,7 @@ def write_plot(rows: list[dict], path: str) -> None:
         if row.get("recalled_bytes_per_step") is None or row.get("err_task") is None:
             continue
         received = row["recalled_bytes_per_step"] + row["state_bytes_per_step"]
-        points.append((f'{row["method"]}@{row["budget"]}' + (f' {row["codec"]}' if row["codec"] else ""),
-                       max(received, 1.0), row["err_task"], row.get("err_text")))
+        points.append((_name(row), max(received, 1.0), row["err_task"], row.get("err_text")))
     if not points:
         return
     xs = [p[1] for p in points]
@@ -43,8 +59,10 @@ def write_plot(rows: list[dict], path: str) -> None:
            'font-family="sans-serif" font-size="12">',
            f'<rect width="{WIDTH}" height="{HEIGHT}" fill="white"/>',
            f'<text x="{LEFT}" y="22" font-size="15" font-weight="bold">Error of attention against bytes '
-           'received</text>']
-    for x in _ticks(x0, x1):
+           'received</text>',
+           f'<text x="{LEFT}" y="42" fill="#555">relative to full attention, over the same queries; lower '
+           'left is better</text>']
+    for x in _powers(x0, x1):
         px, _ = at(x, y0)
         out.append(f'<path d="M{px:.1f} {TOP}V{HEIGHT - BOTTOM}" stroke="#e4e4e4"/>'
                    f'<text x="{px:.1f}" y="{HEIGHT - BOTTOM + 18}" text-anchor="middle">{_bytes(x)}</text>')
