@@ -1,7 +1,13 @@
-"""The plot of quality against bytes: one self-contained SVG, no library."""
+"""A report of run.py as a picture and as a table.
+
+    python tests/quality/plot.py REPORT.json --svg=FILE    quality against bytes: self-contained, no library
+    python tests/quality/plot.py REPORT.json               the table, in Markdown
+"""
 
 from __future__ import annotations
 
+import argparse
+import json
 import math
 from xml.sax.saxutils import escape
 
@@ -86,3 +92,38 @@ def write_plot(rows: list[dict], path: str) -> None:
                'running text</text></svg>')
     with open(path, "w", encoding="utf-8") as file:
         file.write("\n".join(out))
+
+
+def markdown(rows: list[dict]) -> str:
+    def cell(row: dict, name: str, form: str) -> str:
+        return "–" if row.get(name) is None else form.format(row[name])
+
+    lines = ["| method | needle | copy | nll | error, tasks / text | tokens received | bytes received |",
+             "|:--|--:|--:|--:|--:|--:|--:|"]
+    for row in rows:
+        received = None
+        if row.get("recalled_bytes_per_step") is not None:
+            received = (row["recalled_bytes_per_step"] + row["state_bytes_per_step"]) / 1024
+        name = "full attention" if row["method"] == "full" else f"`{_name(row)}`"
+        lines.append(f"| {name} | {cell(row, 'needle', '{:.3f}')} | {cell(row, 'copy', '{:.3f}')} | "
+                     f"{cell(row, 'nll', '{:.4f}')} | {cell(row, 'err_task', '{:.3f}')} / "
+                     f"{cell(row, 'err_text', '{:.3f}')} | {cell(row, 'recalled_tokens_per_step', '{:.1f}')} | "
+                     f"{'–' if received is None else f'{received:.1f} KiB'} |")
+    return "\n".join(lines)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
+    parser.add_argument("report")
+    parser.add_argument("--svg")
+    options = parser.parse_args()
+    with open(options.report, encoding="utf-8") as file:
+        rows = json.load(file)["rows"]
+    if options.svg:
+        write_plot(rows, options.svg)
+    else:
+        print(markdown(rows))
+
+
+if __name__ == "__main__":
+    main()

@@ -66,12 +66,13 @@ pre{{white-space:pre-wrap;font:13px/1.5 serif}}mark{{border-radius:2px}}</style>
 
 
 def picture(tokenizer, ids, prompt, counts, asked, answer):
-    """The strips of all layers, and the passage of 64 tokens that was selected most."""
+    """The strips of all layers, and the passage of 48 tokens that was selected most; the end of the prompt,
+    which is near to every query, is not asked."""
     layers, total = sorted(counts), collections.Counter()
     for layer in layers:
         total.update(counts[layer])
-    at = max(range(0, prompt - 64, 8), key=lambda begin: sum(total[i] for i in range(begin, begin + 64)))
-    top = max(total[i] for i in range(at, at + 64))
+    at = max(range(0, max(1, prompt - 512), 8), key=lambda i: sum(total[j] for j in range(i, i + 48)))
+    top = max(total[i] for i in range(at, at + 48))
     left, line, bottom = 80, 26, 74 + 26 * len(layers)
     out = [f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {STRIP + left + 20} {bottom + 130}" '
            'font-family="sans-serif" font-size="15">',
@@ -93,7 +94,7 @@ def picture(tokenizer, ids, prompt, counts, asked, answer):
     out.append(f'<path d="M{x} {bottom - 8}v12M{x - 4} {bottom}l4 -8l4 8" stroke="#47606e" fill="none"/>'
                f'<text x="{left}" y="{bottom + 24}" fill="#47606e">Here, at token {at:,}:</text>')
     column, y = left, bottom + 50
-    for position in range(at, at + 64):
+    for position in range(at, at + 48):
         text = " ".join(tokenizer.decode([ids[position]]).split("\n"))
         width = 8.2 * len(text)
         if column + width > left + STRIP:
