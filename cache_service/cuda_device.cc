@@ -459,7 +459,8 @@ absl::Status CudaDevice::RunBuild(const DeviceBuild& build, const kernels::Index
                                         reinterpret_cast<const uint32_t*>(scratch + list_at),
                                         view.page_bytes, view.element_bytes);
   };
-  const auto add = [&](std::byte* to, const void* data, size_t bytes) {
+  const auto add = [&](std::byte* to, const void* data,
+                       size_t bytes) ABSL_NO_THREAD_SAFETY_ANALYSIS {  // under the lock
     return Note(uploader_.Add(to, data, static_cast<int64_t>(bytes)));
   };
   CKV_RETURN_IF_ERROR(add(scratch + keys_at, key_pages.data(), key_pages.size() * 4));
