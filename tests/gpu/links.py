@@ -6,9 +6,10 @@ Without --faults: replays the trace over peer, nccl and grpc and against a serve
 Recalled bytes must be the same over all three, and the selections those of the CPU in 99.9 % of
 tokens. With --faults: kills the worker in the middle of a replay, --kills times per link; each time
 the server must serve another replay within 3 s, and at the end hold no more GPU memory than before.
-Writes DIR/links.json or DIR/faults.json, rows as in gpu.json.
+Writes DIR/links.json or DIR/faults.json, as gpu.json.
 """
 import argparse
+import datetime
 import json
 import os
 import pathlib
@@ -305,7 +306,10 @@ def main():
     for row in rows:
         print(f"{row['name']}: {row['value']} {row['unit']} ({row['peer']}: {row['peer_value']})")
     name = "faults.json" if args.faults else "links.json"
-    (args.out / name).write_text(json.dumps(rows, indent=1) + "\n")
+    names = gpus()
+    report = {"machine": f"{len(names)} x {names[0]}", "date": str(datetime.date.today()),
+              "rows": rows}
+    (args.out / name).write_text(json.dumps(report, indent=1) + "\n")
     for failure in failures:
         print("FAILED", failure)
     return 1 if failures else 0

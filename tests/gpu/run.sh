@@ -145,6 +145,15 @@ if wants bench; then
   python3 tests/gpu/bench/bench.py "--lib=$build/libckv_gpu_bench.so" "--out=$out" 2>&1 |
     tee "$logs/bench" || status=1
 fi
+python3 - "$out" <<'END'
+import json, pathlib, sys
+out = pathlib.Path(sys.argv[1])
+reports = [out / name for name in ("gpu.json", "links.json", "faults.json")]
+reports = [json.loads(path.read_text()) for path in reports if path.exists()]
+if reports:
+    rows = [row for report in reports for row in report["rows"]]
+    (out / "gpu.json").write_text(json.dumps(reports[0] | {"rows": rows}, indent=1) + "\n")
+END
 find "$logs" -maxdepth 1 -type f -print0 | sort -z | xargs -0 tail -n +1 > "$out/logs.txt"
 say "done, status $status"
 exit $status
