@@ -228,7 +228,7 @@ def run_faults(args, failures):
     server = Server(args, "cuda:0")
     rng = random.Random(args.seed)
     print(f"seed {args.seed}")
-    for link in ("peer", "nccl", "grpc") if len(names) > 1 else ("peer", "grpc"):
+    for link in [one for one in args.links.split(",") if one != "nccl" or len(names) > 1]:
         # Once whole: how long a replay takes, and what stays loaded after the first one.
         before_run, _ = replay(server, link, worker, f"{link}.whole")
         time.sleep(0.5)
@@ -292,6 +292,7 @@ def main():
     parser.add_argument("--trace", action="append")
     parser.add_argument("--faults", action="store_true")
     parser.add_argument("--kills", type=int, default=20)
+    parser.add_argument("--links", default="peer,nccl,grpc", help="of --faults")
     parser.add_argument("--seed", type=int, default=int(os.environ.get("CLUSTERKV_SEED", "1")))
     args = parser.parse_args()
     if not args.trace:
