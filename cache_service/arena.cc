@@ -190,6 +190,11 @@ absl::StatusOr<std::unique_ptr<Arena>> Arena::Create(int64_t arena_bytes, int64_
     return absl::ResourceExhaustedError(
         absl::StrCat("arena_bytes: mapping ", arena_bytes, " bytes: ", std::strerror(errno)));
   }
+#ifdef MADV_HUGEPAGE
+  // Selects jump from page to page: with huge pages they take about a tenth less time
+  // (select_bench). Only advice: a kernel without them serves as well.
+  madvise(base, static_cast<size_t>(pages * page_bytes), MADV_HUGEPAGE);
+#endif
   auto arena = std::unique_ptr<Arena>(new Arena);
   arena->base_ = static_cast<std::byte*>(base);
   arena->page_bytes_ = page_bytes;
