@@ -104,7 +104,7 @@ class ClusterKVImpl(AttentionImpl[ClusterKVMetadata]):
             if begin == end:
                 continue
             step = worker.step_at(meta.first_slots[row]) if worker else None
-            if step and step.attached_to and not worker.is_dense(index):
+            if worker and step and step.attached_to and not worker.is_dense(index):
                 own = self._through_service(worker, step, index, q[begin:end], k[begin:end], v[begin:end])
             else:
                 own = self._over_pages(q[begin:end], kv_cache, meta.block_table[row], meta.seq_lens[row])

@@ -67,6 +67,7 @@ class ClusterKVConnector(KVConnectorBase_V1):
         self._worker: Worker | None = None
         self._kv_caches: dict[int, torch.Tensor] = {}
         if role == KVConnectorRole.WORKER:
+            assert isinstance(model.dtype, torch.dtype)  # vLLM has resolved "auto"
             self._rank = getattr(parallel, "rank", 0) % parallel.tensor_parallel_size
             self._worker = Worker(
                 self.options, layers=model.get_num_layers(parallel),
