@@ -56,7 +56,7 @@ class StoreModel {
     arena_ = Arena::Create(90 * 4096, 4096).value();
     executors_ = Executors::Create(1, 1, 1 << 20).value();
     store_ = std::make_unique<SequenceStore>(
-        options, kBootId, arena_.get(), executors_.get(), &counters_, &calls_,
+        options, kBootId, arena_.get(), executors_.get(), /*device=*/nullptr, &counters_, &calls_,
         [this](const std::shared_ptr<Sequence>& sequence, Notice::Kind kind) {
           gone_.emplace_back(sequence->identity(), kind);
         });
