@@ -83,14 +83,19 @@ __global__ void SumKeysKernel(const __grid_constant__ Plan plan, bool squares,
                               unsigned char* workspace) {
   const int dim = plan.params.head_dim, head = static_cast<int>(blockIdx.y);
   const int begin = static_cast<int>(blockIdx.x) * kRun;
-  const int end = min(plan.part.tokens, begin + kRun);
+  const int count = min(plan.part.tokens - begin, kRun);
+  const unsigned char** rows = reinterpret_cast<const unsigned char**>(SharedMemory());  // [kRun]
+  for (int i = threadIdx.x; i < count; i += static_cast<int>(blockDim.x)) {
+    rows[i] = plan.Key(head, begin + i);
+  }
+  __syncthreads();
   for (int j = threadIdx.x; j < dim; j += static_cast<int>(blockDim.x)) {
     const double mean =
         squares ? *plan.At<double>(workspace, plan.means, static_cast<int64_t>(head) * dim + j) : 0;
     double sum = 0;
-#pragma unroll 8
-    for (int t = begin; t < end; ++t) {
-      const double x = LoadAsFloat(plan.Key(head, t), plan.params.element_type, j) - mean;
+#pragma unroll 16
+    for (int i = 0; i < count; ++i) {
+      const double x = LoadAsFloat(rows[i], plan.params.element_type, j) - mean;
       sum += squares ? x * x : x;
     }
     *plan.At<double>(workspace, plan.sums,
@@ -247,23 +252,37 @@ __global__ void __launch_bounds__(kThreads)
 // ---- balances
 // ----------------------------------------------------------------------------------------
 
+// Where what a slot's residuals are made of lies.
+struct SlotRows {
+  const unsigned char* key;
+  const unsigned char* value;
+  const float* centroid;
+  const float* mean;
+};
+
 // Squares of K and V residuals summed over a run of slots, a thread per channel.
 __global__ void SumResidualsKernel(const __grid_constant__ Plan plan, unsigned char* workspace) {
   const int dim = plan.params.head_dim, head = static_cast<int>(blockIdx.y);
   const int begin = static_cast<int>(blockIdx.x) * kRun;
-  const int end = min(plan.part.tokens, begin + kRun);
+  const int count = min(plan.part.tokens - begin, kRun);
   const ElementType type = plan.params.element_type;
+  SlotRows* rows = reinterpret_cast<SlotRows*>(SharedMemory());  // [kRun]
+  for (int i = threadIdx.x; i < count; i += static_cast<int>(blockDim.x)) {
+    const int token = plan.TokenOfSlot(workspace, head, begin + i);
+    const uint32_t cluster = plan.Cluster(head, plan.ClusterOfToken(workspace, head, token));
+    rows[i] = {plan.Key(head, token), plan.Value(head, token),
+               plan.part.centroids.As<float>(cluster), plan.part.value_means.As<float>(cluster)};
+  }
+  __syncthreads();
   for (int j = threadIdx.x; j < dim; j += static_cast<int>(blockDim.x)) {
     const float weight = plan.Channels(head)[j];
     double keys = 0, values = 0;
-#pragma unroll 4
-    for (int slot = begin; slot < end; ++slot) {
-      const int token = plan.TokenOfSlot(workspace, head, slot);
-      const uint32_t cluster = plan.Cluster(head, plan.ClusterOfToken(workspace, head, token));
-      const float key = __fmul_rn(LoadAsFloat(plan.Key(head, token), type, j), weight);
-      const double k = __fsub_rn(key, plan.part.centroids.As<float>(cluster)[j]);
-      const double v = __fsub_rn(LoadAsFloat(plan.Value(head, token), type, j),
-                                 plan.part.value_means.As<float>(cluster)[j]);
+#pragma unroll 8
+    for (int i = 0; i < count; ++i) {
+      const SlotRows row = rows[i];
+      const float key = __fmul_rn(LoadAsFloat(row.key, type, j), weight);
+      const double k = __fsub_rn(key, row.centroid[j]);
+      const double v = __fsub_rn(LoadAsFloat(row.value, type, j), row.mean[j]);
       keys += k * k;
       values += v * v;
     }
@@ -441,7 +460,9 @@ class Builder {
                                                       : ValueMeansKernel<4>;
     CKV_RETURN_IF_CUDA_ERROR(Run(means, dim3((plan_.part.clusters + 7) / 8, heads_), kThreads));
     if (plan_.params.code_bits != 0 && !plan_.input.inherits_channels) {
-      CKV_RETURN_IF_CUDA_ERROR(Run(SumResidualsKernel, dim3(plan_.runs, heads_), ChannelThreads()));
+      CKV_RETURN_IF_CUDA_ERROR(cuda::Launch(SumResidualsKernel, dim3(plan_.runs, heads_),
+                                            dim3(ChannelThreads()), kRun * sizeof(SlotRows), 1,
+                                            stream_, plan_, workspace_));
       CKV_RETURN_IF_CUDA_ERROR(Run(BalanceKernel, dim3(heads_), ChannelThreads()));
     }
     return Encode();
@@ -463,11 +484,11 @@ class Builder {
   cudaError_t Metric() const {
     if (!plan_.input.inherits_channels && plan_.input.query_rms != nullptr) {
       const dim3 grid(plan_.runs, heads_), block(ChannelThreads());
-      CKV_RETURN_IF_CUDA_ERROR(
-          cuda::Launch(SumKeysKernel, grid, block, 0, 1, stream_, plan_, false, workspace_));
+      CKV_RETURN_IF_CUDA_ERROR(cuda::Launch(SumKeysKernel, grid, block, kRun * sizeof(void*), 1,
+                                            stream_, plan_, false, workspace_));
       CKV_RETURN_IF_CUDA_ERROR(Run(KeyMeansKernel, dim3(heads_), ChannelThreads()));
-      CKV_RETURN_IF_CUDA_ERROR(
-          cuda::Launch(SumKeysKernel, grid, block, 0, 1, stream_, plan_, true, workspace_));
+      CKV_RETURN_IF_CUDA_ERROR(cuda::Launch(SumKeysKernel, grid, block, kRun * sizeof(void*), 1,
+                                            stream_, plan_, true, workspace_));
     }
     return Run(ChannelsKernel, dim3(heads_), ChannelThreads());
   }

@@ -8,7 +8,8 @@
 
 namespace clusterkv::kernels {
 
-// The arrays, their elements and their order are those of the table in index.h. Lies in device
+// The arrays, their elements and their order are those of the table in index.h. Elements whose size
+// is a multiple of 16 bytes are aligned to 16. Lies in device
 // memory itself where a kernel is handed a pointer to it.
 struct DeviceIndexPart {
   int64_t first_token = 0;

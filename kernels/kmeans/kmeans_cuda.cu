@@ -1,17 +1,20 @@
-// K-means: five launches per iteration.
+// K-means: four launches per iteration.
 //
-//   assign    rows [256 × dim] stay in registers while the centroids stream through shared memory;
-//   the
-//             best and second best score of each row are kept, no score is stored
-//   rescore   rows whose two best are too close to call in fp16, in exact float
+//   assign    rows stay in registers while the centroids stream through shared memory; the best and
+//             second best score of each row are kept, no score is stored. On Hopper four warpgroups
+//             of 64 rows and a warp that fetches for them run through all blocks of rows; elsewhere
+//             a block has its rows
+//   rescore   rows whose two best are too close to call in fp16: the clusters that come close are
+//             found again, and scored in exact float
 //   sort      counting sort of the rows by label, stable
 //   means     a warp per cluster sums its rows in order
 //
 // Rows are kept a second time as fp16 of unit length, channels permuted so that one 16-byte load
-// per lane is two matrix operands.
+// per lane is two matrix operands; centroids in tiles of 64, as MatrixB has them (hopper.cuh).
 #include <algorithm>
 
 #include "kernels/base/cuda_util.cuh"
+#include "kernels/base/hopper.cuh"
 #include "kernels/kmeans/kmeans_cuda.h"
 
 namespace clusterkv::kernels {
@@ -23,42 +26,115 @@ constexpr int kAssignThreads = 256;
 constexpr int kAssignWarps = kAssignThreads / kWarp;
 constexpr int kTileClusters = 64;  // of one stage in shared memory
 constexpr int kStages = 3;
-constexpr int kRescoreThreads = 256;
-constexpr int kRescoreRows = 32;
-constexpr int kRescoreClusters = 64;
+// On Hopper: warpgroups, rows of each, and stages.
+constexpr int kGroups = 4;
+constexpr int kGroupRows = 64;
+constexpr int kItemRows = kGroups * kGroupRows;
+constexpr int kHopperThreads = kGroups * 128 + kWarp;
+constexpr int kHopperStages = 8;
+constexpr int kRescoreThreads = 128;
+constexpr int kRescoreRows = 64;                                // scored at a time
+constexpr int kRescoreChunk = 2048;                             // that a block looks through
+constexpr int kRescoreRoom = 2 * kRescoreRows * kTileClusters;  // candidates
+constexpr int kPrepareRows = 4;                                 // of a warp
 constexpr int kSortThreads = 1024;
 constexpr int64_t kSortCountBytes = 180 * 1024;
 constexpr float kNegativeInfinity = -__builtin_huge_valf();
+
+// Tiles that rescoring has in shared memory.
+constexpr __host__ __device__ int RescoreStages(int dim) { return dim <= 128 ? 4 : 2; }
 
 // The workspace, offsets in bytes; per problem where it says [P].
 struct Plan {
   KMeansCudaParams params;
   int padded_dim;       // 64, 128, 256 or 512
   int padded_clusters;  // whole tiles
-  int64_t rows;         // [P, max_rows, padded_dim] half, unit length, permuted
-  int64_t margins;      // [P, max_rows] float: scores this close are scored again
-  int64_t centroids;    // [P, padded_clusters, padded_dim] half, unit length
+  int padded_rows;      // whole items
+  int64_t rows;         // [P, padded_rows, padded_dim] half, unit length, permuted
+  int64_t margins;      // [P, padded_rows] float: scores this close are scored again
+  int64_t limits;       // [P, padded_rows] float, of close rows: what such scores reach
+  int64_t centroids;    // [P, padded_clusters / 64, padded_dim / 8, 64, 8] half, unit length
   int64_t unit;         // [P, max_clusters, dim] float, unit length
-  int64_t close;        // [P, max_rows] int: rows to score again
-  int64_t close_count;  // [P] int
   int64_t bytes;
 
   template <typename T>
   __host__ __device__ T* At(unsigned char* workspace, int64_t offset, int64_t index) const {
     return reinterpret_cast<T*>(workspace + offset) + index;
   }
+  // Where the halves of centroid c lie, and how far apart its runs of 8 channels are.
+  __device__ __forceinline__ uint16_t* Centroid(unsigned char* workspace, int problem,
+                                                int c) const {
+    return At<uint16_t>(
+        workspace, centroids,
+        (static_cast<int64_t>(problem) * padded_clusters + c / kTileClusters * kTileClusters) *
+                padded_dim +
+            c % kTileClusters * 8);
+  }
+  static constexpr int kChannelStep = kTileClusters * 8;
 };
 
 __device__ __forceinline__ const unsigned char* RowOf(const KMeansCudaProblem& problem, int row) {
   return problem.rows.At(problem.first_row + static_cast<uint32_t>(row)) + problem.row_offset;
 }
 
-// Channel j of the row, weighted: the very float that KMeans is given on the CPU.
-__device__ __forceinline__ float RowElement(const KMeansCudaProblem& problem,
-                                            const unsigned char* row, ElementType type, int j) {
-  const float x = LoadAsFloat(row, type, j);
-  return problem.weights == nullptr ? x : __fmul_rn(x, problem.weights[j]);
+// Channels [j, j + 4) of a row, weighted: the very floats that KMeans is given on the CPU.
+__device__ __forceinline__ float4 RowFour(const KMeansCudaProblem& problem,
+                                          const unsigned char* row, ElementType type, int j) {
+  float4 x;
+  if (type == ElementType::kFloat32) {
+    x = *reinterpret_cast<const float4*>(row + 4 * j);
+  } else {
+    const uint2 words = *reinterpret_cast<const uint2*>(row + 2 * j);
+    const uint16_t bits[4] = {static_cast<uint16_t>(words.x), static_cast<uint16_t>(words.x >> 16),
+                              static_cast<uint16_t>(words.y), static_cast<uint16_t>(words.y >> 16)};
+    x = type == ElementType::kFloat16
+            ? make_float4(HalfBitsToFloat(bits[0]), HalfBitsToFloat(bits[1]),
+                          HalfBitsToFloat(bits[2]), HalfBitsToFloat(bits[3]))
+            : make_float4(BFloat16BitsToFloat(bits[0]), BFloat16BitsToFloat(bits[1]),
+                          BFloat16BitsToFloat(bits[2]), BFloat16BitsToFloat(bits[3]));
+  }
+  if (problem.weights == nullptr) return x;
+  const float4 w = *reinterpret_cast<const float4*>(problem.weights + j);
+  return make_float4(__fmul_rn(x.x, w.x), __fmul_rn(x.y, w.y), __fmul_rn(x.z, w.z),
+                     __fmul_rn(x.w, w.w));
 }
+
+// Eight channels of a row as they lie in memory: 16 bytes, or 32 of fp32.
+template <bool kWide>
+struct RawEight {
+  uint4 words[kWide ? 2 : 1];
+
+  __device__ __forceinline__ void Load(const unsigned char* row, int j) {
+    const uint4* from = reinterpret_cast<const uint4*>(row + (kWide ? 4 : 2) * j);
+    words[0] = from[0];
+    if constexpr (kWide) words[1] = from[1];
+  }
+  // Channel i, not weighted.
+  __device__ __forceinline__ float Get(ElementType type, int i) const {
+    const uint4& w = words[kWide ? i / 4 : 0];
+    const int at = kWide ? i % 4 : i / 2;
+    const uint32_t word = at == 0 ? w.x : at == 1 ? w.y : at == 2 ? w.z : w.w;
+    if constexpr (kWide) return __uint_as_float(word);
+    const uint16_t bits = static_cast<uint16_t>(word >> (i % 2 * 16));
+    return type == ElementType::kFloat16 ? HalfBitsToFloat(bits) : BFloat16BitsToFloat(bits);
+  }
+};
+
+// A lane's share of a row, or of zeros beyond it: channels [4 (lane + 32 v), …).
+template <int kVectors>
+struct RowShare {
+  float4 x[kVectors];
+
+  __device__ __forceinline__ void Load(const KMeansCudaProblem& problem, const unsigned char* row,
+                                       const KMeansCudaParams& p) {
+    const int lane = threadIdx.x % kWarp;
+#pragma unroll
+    for (int v = 0; v < kVectors; ++v) {
+      const int j = 4 * (lane + v * kWarp);
+      x[v] = j < p.dim ? RowFour(problem, row, p.element_type, j) : make_float4(0, 0, 0, 0);
+    }
+  }
+};
 
 // Where channel j of a row lies in its permuted copy: lane t's 16 bytes of a span of 32 channels
 // hold what operands of two products want of it.
@@ -70,71 +146,147 @@ __device__ __forceinline__ int PermutedChannel(int j) {
 // ---- rows and centroids as fp16 of unit length
 // ---------------------------------------------------------
 
-__global__ void __launch_bounds__(256)
-    PrepareRowsKernel(const __grid_constant__ Plan plan, const KMeansCudaProblem* problems,
-                      unsigned char* workspace) {
-  const KMeansCudaParams& p = plan.params;
-  const int index = static_cast<int>(blockIdx.y);
-  const KMeansCudaProblem& problem = problems[index];
+// Writes a row's fp16 copy and margin. A warp.
+template <int kVectors>
+__device__ void PrepareRow(const Plan& plan, int index, int row, const RowShare<kVectors>& share,
+                           unsigned char* workspace) {
   const int lane = threadIdx.x % kWarp;
-  const int row = static_cast<int>(blockIdx.x) * 8 + threadIdx.x / kWarp;
-  if (row >= problem.row_count) return;
-  const unsigned char* from = RowOf(problem, row);
   float squares = 0;
-  for (int j = lane; j < p.dim; j += kWarp) {
-    const float x = RowElement(problem, from, p.element_type, j);
-    squares += x * x;
+#pragma unroll
+  for (int v = 0; v < kVectors; ++v) {
+    const float4& x = share.x[v];
+    squares += x.x * x.x + x.y * x.y + x.z * x.z + x.w * x.w;
   }
   squares = WarpSum(squares);
   const float inverse = squares > 0 ? 1.0f / sqrtf(squares) : 0.0f;
-  uint16_t* to = plan.At<uint16_t>(
-      workspace, plan.rows, (static_cast<int64_t>(index) * p.max_rows + row) * plan.padded_dim);
+  const int64_t at = static_cast<int64_t>(index) * plan.padded_rows + row;
+  uint16_t* to = plan.At<uint16_t>(workspace, plan.rows, at * plan.padded_dim);
   float fourth = 0;
-  for (int j = lane; j < plan.padded_dim; j += kWarp) {
-    const float x = j < p.dim ? RowElement(problem, from, p.element_type, j) * inverse : 0.0f;
-    to[PermutedChannel(j)] = FloatToHalfBits(x);
-    fourth += x * x * x * x;
+#pragma unroll
+  for (int v = 0; v < kVectors; ++v) {
+    const int j = 4 * (lane + v * kWarp);
+    const float x[4] = {share.x[v].x * inverse, share.x[v].y * inverse, share.x[v].z * inverse,
+                        share.x[v].w * inverse};
+    if (j < plan.padded_dim) {
+      *reinterpret_cast<uint32_t*>(to + PermutedChannel(j)) = PackHalves(x[0], x[1]);
+      *reinterpret_cast<uint32_t*>(to + PermutedChannel(j + 2)) = PackHalves(x[2], x[3]);
+    }
+#pragma unroll
+    for (int i = 0; i < 4; ++i) fourth += x[i] * x[i] * x[i] * x[i];
   }
   fourth = WarpSum(fourth);
   // The two factors of each product are off by .41 · 2^-11 of it (root mean square), so the
   // difference of two scores by .41 · 2 · 2^-11 · sqrt(sum of fourth powers) for a centroid like
   // the row; six of those.
   if (lane == 0) {
-    *plan.At<float>(workspace, plan.margins, static_cast<int64_t>(index) * p.max_rows + row) =
-        2.5e-3f * sqrtf(fourth) + 2e-6f;
+    *plan.At<float>(workspace, plan.margins, at) = 2.5e-3f * sqrtf(fourth) + 2e-6f;
   }
 }
 
-// Writes centroid c [dim] (in `mean`, 4 channels per lane and vector) and its unit-length copies.
+template <int kVectors>
+__global__ void __launch_bounds__(256)
+    PrepareRowsKernel(const __grid_constant__ Plan plan, const KMeansCudaProblem* problems,
+                      unsigned char* workspace) {
+  const KMeansCudaParams& p = plan.params;
+  const int index = static_cast<int>(blockIdx.y);
+  const KMeansCudaProblem& problem = problems[index];
+  const int first = (static_cast<int>(blockIdx.x) * 8 + threadIdx.x / kWarp) * kPrepareRows;
+  RowShare<kVectors> shares[kPrepareRows];
+#pragma unroll
+  for (int k = 0; k < kPrepareRows; ++k) {
+    shares[k].Load(problem, RowOf(problem, min(first + k, problem.row_count - 1)), p);
+  }
+#pragma unroll
+  for (int k = 0; k < kPrepareRows && first + k < problem.row_count; ++k) {
+    PrepareRow<kVectors>(plan, index, first + k, shares[k], workspace);
+  }
+}
+
+// Writes centroid c, by kLanes lanes with kVectors times 8 channels each, and its unit-length
+// copies.
+template <int kLanes, int kVectors>
+__device__ void StoreMean(const Plan& plan, const KMeansCudaProblem& problem, int index, int c,
+                          const float (&mean)[kVectors][8], unsigned char* workspace) {
+  const KMeansCudaParams& p = plan.params;
+  const int lane = threadIdx.x % kLanes;
+  const unsigned mask = kLanes == kWarp                ? kFullMask
+                        : threadIdx.x % kWarp < kLanes ? 0x0000ffffu
+                                                       : 0xffff0000u;
+  double squares = 0;
+#pragma unroll
+  for (int v = 0; v < kVectors; ++v) {
+#pragma unroll
+    for (int i = 0; i < 8; ++i) {
+      const bool inside = 8 * (lane + v * kLanes) < p.dim;
+      squares += inside ? static_cast<double>(mean[v][i]) * mean[v][i] : 0.0;
+    }
+  }
+#pragma unroll
+  for (int offset = kLanes / 2; offset > 0; offset /= 2) {
+    squares += __shfl_xor_sync(mask, squares, offset);
+  }
+  const double inverse = squares > 0 ? 1.0 / sqrt(squares) : 0.0;
+  float* unit = plan.At<float>(workspace, plan.unit,
+                               (static_cast<int64_t>(index) * p.max_clusters + c) * p.dim);
+  float* raw = problem.centroids + static_cast<int64_t>(c) * p.dim;
+  uint16_t* half = plan.Centroid(workspace, index, c);
+#pragma unroll
+  for (int v = 0; v < kVectors; ++v) {
+    const int j = 8 * (lane + v * kLanes);
+    const bool inside = j < p.dim;
+    float x[8];
+#pragma unroll
+    for (int i = 0; i < 8; ++i) x[i] = inside ? static_cast<float>(mean[v][i] * inverse) : 0.0f;
+    if (inside) {
+      float4* to_raw = reinterpret_cast<float4*>(raw + j);
+      float4* to_unit = reinterpret_cast<float4*>(unit + j);
+#pragma unroll
+      for (int i = 0; i < 2; ++i) {
+        to_raw[i] =
+            make_float4(mean[v][4 * i], mean[v][4 * i + 1], mean[v][4 * i + 2], mean[v][4 * i + 3]);
+        to_unit[i] = make_float4(x[4 * i], x[4 * i + 1], x[4 * i + 2], x[4 * i + 3]);
+      }
+    }
+    if (j < plan.padded_dim) {
+      *reinterpret_cast<uint4*>(half + j / 8 * Plan::kChannelStep) =
+          make_uint4(PackHalves(x[0], x[1]), PackHalves(x[2], x[3]), PackHalves(x[4], x[5]),
+                     PackHalves(x[6], x[7]));
+    }
+  }
+}
+
+// Writes centroid c, a lane's share of it in `mean`, and its unit-length copies.
 template <int kVectors>
 __device__ void StoreCentroid(const Plan& plan, const KMeansCudaProblem& problem, int index, int c,
-                              const float (&mean)[kVectors][4], unsigned char* workspace) {
+                              const float4 (&mean)[kVectors], unsigned char* workspace) {
   const KMeansCudaParams& p = plan.params;
   const int lane = threadIdx.x % kWarp;
   double squares = 0;
 #pragma unroll
   for (int v = 0; v < kVectors; ++v) {
+    const float x[4] = {mean[v].x, mean[v].y, mean[v].z, mean[v].w};
 #pragma unroll
-    for (int i = 0; i < 4; ++i) squares += static_cast<double>(mean[v][i]) * mean[v][i];
+    for (int i = 0; i < 4; ++i) squares += static_cast<double>(x[i]) * x[i];
   }
   squares = WarpSumDouble(squares);
   const double inverse = squares > 0 ? 1.0 / sqrt(squares) : 0.0;
   float* unit = plan.At<float>(workspace, plan.unit,
                                (static_cast<int64_t>(index) * p.max_clusters + c) * p.dim);
-  uint16_t* half =
-      plan.At<uint16_t>(workspace, plan.centroids,
-                        (static_cast<int64_t>(index) * plan.padded_clusters + c) * plan.padded_dim);
+  float* raw = problem.centroids + static_cast<int64_t>(c) * p.dim;
+  uint16_t* half = plan.Centroid(workspace, index, c);
 #pragma unroll
   for (int v = 0; v < kVectors; ++v) {
-#pragma unroll
-    for (int i = 0; i < 4; ++i) {
-      const int j = 4 * (lane + v * kWarp) + i;
-      const float x = static_cast<float>(mean[v][i] * inverse);
-      if (j < p.dim) {
-        problem.centroids[static_cast<int64_t>(c) * p.dim + j] = mean[v][i];
-        unit[j] = x;
-      }
-      if (j < plan.padded_dim) half[j] = FloatToHalfBits(j < p.dim ? x : 0.0f);
+    const int j = 4 * (lane + v * kWarp);
+    const float4 x = make_float4(
+        static_cast<float>(mean[v].x * inverse), static_cast<float>(mean[v].y * inverse),
+        static_cast<float>(mean[v].z * inverse), static_cast<float>(mean[v].w * inverse));
+    if (j < p.dim) {
+      *reinterpret_cast<float4*>(raw + j) = mean[v];
+      *reinterpret_cast<float4*>(unit + j) = x;
+    }
+    if (j < plan.padded_dim) {
+      *reinterpret_cast<uint2*>(half + j / 8 * Plan::kChannelStep + j % 8) =
+          make_uint2(PackHalves(x.x, x.y), PackHalves(x.z, x.w));
     }
   }
 }
@@ -152,31 +304,31 @@ __global__ void __launch_bounds__(256)
   const int c = static_cast<int>(blockIdx.x) * 8 + threadIdx.x / kWarp;
   if (c >= plan.padded_clusters) return;
   if (c >= problem.cluster_count) {
-    uint16_t* half = plan.At<uint16_t>(
-        workspace, plan.centroids,
-        (static_cast<int64_t>(index) * plan.padded_clusters + c) * plan.padded_dim);
-    for (int j = lane; j < plan.padded_dim; j += kWarp) half[j] = 0;
+    uint16_t* half = plan.Centroid(workspace, index, c);
+    for (int j = lane * 4; j < plan.padded_dim; j += kWarp * 4) {
+      *reinterpret_cast<uint2*>(half + j / 8 * Plan::kChannelStep + j % 8) = make_uint2(0, 0);
+    }
     return;
   }
-  int64_t row = 0;
-  if (problem.initial_rows != nullptr) {
-    row = problem.initial_rows[c];
-  } else {
-    row = static_cast<int64_t>(c) * (problem.row_count - 1) / max(1, problem.cluster_count - 1);
-  }
-  const unsigned char* from = RowOf(problem, static_cast<int>(row));
-  float mean[kVectors][4];
+  RowShare<kVectors> share;
+  if (given) {
 #pragma unroll
-  for (int v = 0; v < kVectors; ++v) {
-#pragma unroll
-    for (int i = 0; i < 4; ++i) {
-      const int j = 4 * (lane + v * kWarp) + i;
-      mean[v][i] = j >= p.dim ? 0.0f
-                   : given    ? problem.centroids[static_cast<int64_t>(c) * p.dim + j]
-                              : RowElement(problem, from, p.element_type, j);
+    for (int v = 0; v < kVectors; ++v) {
+      const int j = 4 * (lane + v * kWarp);
+      share.x[v] = j < p.dim ? *reinterpret_cast<const float4*>(problem.centroids +
+                                                                static_cast<int64_t>(c) * p.dim + j)
+                             : make_float4(0, 0, 0, 0);
     }
+  } else {
+    int64_t row = 0;
+    if (problem.initial_rows != nullptr) {
+      row = problem.initial_rows[c];
+    } else {
+      row = static_cast<int64_t>(c) * (problem.row_count - 1) / max(1, problem.cluster_count - 1);
+    }
+    share.Load(problem, RowOf(problem, static_cast<int>(row)), p);
   }
-  StoreCentroid<kVectors>(plan, problem, index, c, mean, workspace);
+  StoreCentroid<kVectors>(plan, problem, index, c, share.x, workspace);
 }
 
 // ---- assignment
@@ -188,9 +340,10 @@ struct BestTwo {
   float second = kNegativeInfinity;
   int cluster = 0;
 
-  __device__ __forceinline__ void Add(float score, int c) {
+  // `at`: where the best is, so far.
+  __device__ __forceinline__ void Add(float score, int c, int* at) {
     second = fmaxf(second, fminf(best, score));
-    cluster = score > best ? c : cluster;
+    *at = score > best ? c : *at;
     best = fmaxf(best, score);
   }
   // Of another lane; the lower cluster wins a tie.
@@ -204,25 +357,40 @@ struct BestTwo {
   }
 };
 
-// Stages one tile of centroids: rows of kDim halves, their 16-byte chunks swizzled by the row.
-template <int kDim>
+// Stages one tile of centroids, as it lies.
+template <int kDim, int kThreads>
 __device__ __forceinline__ void StageCentroids(const uint16_t* centroids, int first,
                                                uint16_t* stage) {
-  constexpr int kChunks = kDim / 8;
-  for (int i = threadIdx.x; i < kTileClusters * kChunks; i += kAssignThreads) {
-    const int row = i / kChunks, chunk = i % kChunks;
-    CopyAsync16(stage + row * kDim + (chunk ^ (row % 8)) * 8,
-                centroids + static_cast<int64_t>(first + row) * kDim + chunk * 8);
+  const uint16_t* from = centroids + static_cast<int64_t>(first) * kDim;
+  for (int i = threadIdx.x; i < kTileClusters * kDim / 8; i += kThreads) {
+    CopyAsync16(stage + i * 8, from + i * 8);
   }
 }
 
-// Scores a warp's rows against the staged tile and folds them into `best`.
+// A warp's operands: rows row[0..1] of the permuted copy for this lane.
+template <int kDim>
+__device__ __forceinline__ void LoadRows(const uint16_t* const (&row)[2],
+                                         uint32_t (&rows)[kDim / 16][4]) {
+  const int t = threadIdx.x % 4;
+#pragma unroll
+  for (int half = 0; half < 2; ++half) {
+#pragma unroll
+    for (int k = 0; k < kDim / 32; ++k) {
+      const uint4 x = *reinterpret_cast<const uint4*>(row[half] + k * 32 + t * 8);
+      rows[2 * k][half] = x.x;
+      rows[2 * k][half + 2] = x.y;
+      rows[2 * k + 1][half] = x.z;
+      rows[2 * k + 1][half + 2] = x.w;
+    }
+  }
+}
+
+// Scores of a warp's rows and the staged tile's clusters; sum[m][n] as MmaHalf has them.
 template <int kDim, int kRowTiles>
 __device__ __forceinline__ void ScoreTile(const uint32_t (&rows)[kRowTiles][kDim / 16][4],
-                                          const uint16_t* stage, int first, int clusters,
-                                          BestTwo (&best)[kRowTiles][2]) {
+                                          const uint16_t* stage,
+                                          float (&sum)[kRowTiles][kTileClusters / 8][4]) {
   const int lane = threadIdx.x % kWarp;
-  float sum[kRowTiles][kTileClusters / 8][4];
 #pragma unroll
   for (int m = 0; m < kRowTiles; ++m) {
 #pragma unroll
@@ -238,7 +406,7 @@ __device__ __forceinline__ void ScoreTile(const uint32_t (&rows)[kRowTiles][kDim
       // + 8...
       const int row = n * 16 + lane / 16 * 8 + lane % 8, chunk = 2 * k + lane / 8 % 2;
       uint32_t centroid[4];
-      LoadMatrices(centroid, stage + row * kDim + (chunk ^ (row % 8)) * 8);
+      LoadMatrices(centroid, stage + (chunk * kTileClusters + row) * 8);
 #pragma unroll
       for (int m = 0; m < kRowTiles; ++m) {
         MmaHalf(sum[m][2 * n], rows[m][k], centroid[0], centroid[1]);
@@ -246,19 +414,57 @@ __device__ __forceinline__ void ScoreTile(const uint32_t (&rows)[kRowTiles][kDim
       }
     }
   }
-  const bool whole = first + kTileClusters <= clusters;
+}
+
+// Folds 16 rows' scores of a tile, sum[n] as MmaHalf has them, into the best of rows r and r + 8.
+__device__ __forceinline__ void FoldTile(const float (&sum)[kTileClusters / 8][4], int first,
+                                         int clusters, BestTwo (&best)[2]) {
+  const int t = threadIdx.x % 4;
+  if (first + kTileClusters <= clusters) {
+    // Places within the tile are constants: the cluster is worked out once.
+    int at[2] = {-1, -1};
+#pragma unroll
+    for (int n = 0; n < kTileClusters / 8; ++n) {
+#pragma unroll
+      for (int i = 0; i < 2; ++i) {
+#pragma unroll
+        for (int half = 0; half < 2; ++half) {
+          best[half].Add(sum[n][i + 2 * half], n * 8 + i, &at[half]);
+        }
+      }
+    }
+#pragma unroll
+    for (int half = 0; half < 2; ++half) {
+      if (at[half] >= 0) best[half].cluster = first + 2 * t + at[half];
+    }
+    return;
+  }
+  // What is beyond the last cluster changes nothing.
 #pragma unroll
   for (int n = 0; n < kTileClusters / 8; ++n) {
 #pragma unroll
     for (int i = 0; i < 2; ++i) {
-      const int cluster = first + n * 8 + lane % 4 * 2 + i;
-      if (!whole && cluster >= clusters) continue;
-#pragma unroll
-      for (int m = 0; m < kRowTiles; ++m) {
-        best[m][0].Add(sum[m][n][i], cluster);
-        best[m][1].Add(sum[m][n][i + 2], cluster);
-      }
+      const int cluster = first + n * 8 + t * 2 + i;
+      const bool there = cluster < clusters;
+      best[0].Add(there ? sum[n][i] : kNegativeInfinity, cluster, &best[0].cluster);
+      best[1].Add(there ? sum[n][i + 2] : kNegativeInfinity, cluster, &best[1].cluster);
     }
+  }
+}
+
+// Merges the four lanes that have a row and writes its label: as ~label with its limit where the
+// second best is too close to the best.
+__device__ __forceinline__ void WriteLabel(const Plan& plan, int index, int row, int row_count,
+                                           float margin, BestTwo& best, int32_t* labels,
+                                           unsigned char* workspace) {
+  best.Merge(1);
+  best.Merge(2);
+  if (threadIdx.x % 4 != 0 || row >= row_count) return;
+  const bool close = best.best - best.second < margin;
+  labels[row] = close ? ~best.cluster : best.cluster;
+  if (close) {
+    *plan.At<float>(workspace, plan.limits, static_cast<int64_t>(index) * plan.padded_rows + row) =
+        best.best - margin;
   }
 }
 
@@ -268,38 +474,32 @@ __global__ void __launch_bounds__(kAssignThreads, 1)
                  unsigned char* workspace) {
   const int index = static_cast<int>(blockIdx.y);
   const KMeansCudaProblem& problem = problems[index];
-  const int lane = threadIdx.x % kWarp, warp = threadIdx.x / kWarp, r = lane / 4, t = lane % 4;
+  const int lane = threadIdx.x % kWarp, warp = threadIdx.x / kWarp, r = lane / 4;
   const int row_count = problem.row_count, clusters = problem.cluster_count;
   const int first_row = (static_cast<int>(blockIdx.x) * kAssignWarps + warp) * kRowTiles * 16;
   if (static_cast<int>(blockIdx.x) * kAssignWarps * kRowTiles * 16 >= row_count) return;
   uint16_t* stages = reinterpret_cast<uint16_t*>(SharedMemory());
-  const uint16_t* centroids = plan.At<uint16_t>(
-      workspace, plan.centroids, static_cast<int64_t>(index) * plan.padded_clusters * kDim);
-  const int64_t rows_at = static_cast<int64_t>(index) * plan.params.max_rows;
+  const uint16_t* centroids = plan.Centroid(workspace, index, 0);
+  const int64_t rows_at = static_cast<int64_t>(index) * plan.padded_rows;
 
   const int tiles = (clusters + kTileClusters - 1) / kTileClusters;
   for (int s = 0; s < kStages - 1; ++s) {
     if (s < tiles) {
-      StageCentroids<kDim>(centroids, s * kTileClusters, stages + s * kTileClusters * kDim);
+      StageCentroids<kDim, kAssignThreads>(centroids, s * kTileClusters,
+                                           stages + s * kTileClusters * kDim);
     }
     CopyAsyncCommit();
   }
   uint32_t rows[kRowTiles][kDim / 16][4];
 #pragma unroll
   for (int m = 0; m < kRowTiles; ++m) {
+    const uint16_t* from[2];
 #pragma unroll
     for (int half = 0; half < 2; ++half) {
       const int row = min(first_row + m * 16 + half * 8 + r, row_count - 1);
-      const uint16_t* from = plan.At<uint16_t>(workspace, plan.rows, (rows_at + row) * kDim);
-#pragma unroll
-      for (int k = 0; k < kDim / 32; ++k) {
-        const uint4 x = *reinterpret_cast<const uint4*>(from + k * 32 + t * 8);
-        rows[m][2 * k][half] = x.x;
-        rows[m][2 * k][half + 2] = x.y;
-        rows[m][2 * k + 1][half] = x.z;
-        rows[m][2 * k + 1][half + 2] = x.w;
-      }
+      from[half] = plan.At<uint16_t>(workspace, plan.rows, (rows_at + row) * kDim);
     }
+    LoadRows<kDim>(from, rows[m]);
   }
   BestTwo best[kRowTiles][2];
   for (int tile = 0; tile < tiles; ++tile) {
@@ -307,115 +507,314 @@ __global__ void __launch_bounds__(kAssignThreads, 1)
     __syncthreads();
     const int next = tile + kStages - 1;
     if (next < tiles) {
-      StageCentroids<kDim>(centroids, next * kTileClusters,
-                           stages + next % kStages * kTileClusters * kDim);
+      StageCentroids<kDim, kAssignThreads>(centroids, next * kTileClusters,
+                                           stages + next % kStages * kTileClusters * kDim);
     }
     CopyAsyncCommit();
-    ScoreTile<kDim, kRowTiles>(rows, stages + tile % kStages * kTileClusters * kDim,
-                               tile * kTileClusters, clusters, best);
+    float sum[kRowTiles][kTileClusters / 8][4];
+    ScoreTile<kDim, kRowTiles>(rows, stages + tile % kStages * kTileClusters * kDim, sum);
+#pragma unroll
+    for (int m = 0; m < kRowTiles; ++m) {
+      FoldTile(sum[m], tile * kTileClusters, clusters, best[m]);
+    }
   }
 #pragma unroll
   for (int m = 0; m < kRowTiles; ++m) {
 #pragma unroll
     for (int half = 0; half < 2; ++half) {
-      BestTwo& b = best[m][half];
-      b.Merge(1);
-      b.Merge(2);
       const int row = first_row + m * 16 + half * 8 + r;
-      if (t != 0 || row >= row_count) continue;
-      problem.labels[row] = b.cluster;
-      if (b.best - b.second < *plan.At<float>(workspace, plan.margins, rows_at + row)) {
-        const int at = atomicAdd(plan.At<int>(workspace, plan.close_count, index), 1);
-        *plan.At<int>(workspace, plan.close, rows_at + at) = row;
+      const float margin =
+          *plan.At<float>(workspace, plan.margins, rows_at + min(row, row_count - 1));
+      WriteLabel(plan, index, row, row_count, margin, best[m][half], problem.labels, workspace);
+    }
+  }
+}
+
+// Shared memory of AssignHopperKernel.
+template <int kDim>
+struct HopperShared {
+  uint16_t centroids[kHopperStages][kTileClusters * kDim];
+  uint16_t rows[kGroups][kGroupRows * kDim];
+  PhaseBarrier centroids_full[kHopperStages], centroids_empty[kHopperStages];
+  PhaseBarrier rows_full[kGroups], rows_empty[kGroups];
+};
+
+#if CKV_HOPPER
+// What a block works on next: kItemRows rows of a problem.
+struct Item {
+  int problem;
+  int first_row;
+  int row_count;  // of the problem; 0 where the item is empty
+  int clusters;
+  int32_t* labels;
+
+  __device__ __forceinline__ void Load(const Plan& plan, const KMeansCudaProblem* problems,
+                                       int item, int items) {
+    const int per_problem = plan.padded_rows / kItemRows;
+    const int i = min(item, items - 1);
+    problem = i / per_problem;
+    first_row = i % per_problem * kItemRows;
+    row_count = problems[problem].row_count;
+    clusters = problems[problem].cluster_count;
+    labels = problems[problem].labels;
+  }
+  __device__ __forceinline__ bool Empty() const { return first_row >= row_count; }
+};
+
+// Fetches rows and centroids for the other warps, item after item. One thread.
+template <int kDim>
+__device__ void FetchItems(const Plan& plan, const KMeansCudaProblem* problems, int items,
+                           HopperShared<kDim>& shared, unsigned char* workspace) {
+  constexpr int kTileBytes = kTileClusters * kDim * 2, kRowsBytes = kGroupRows * kDim * 2;
+  int stage = 0, parity = 1, rows_parity = 1;  // at first all are empty
+  for (int i = static_cast<int>(blockIdx.x); i < items; i += static_cast<int>(gridDim.x)) {
+    Item item;
+    item.Load(plan, problems, i, items);
+    if (item.Empty()) continue;
+    const uint16_t* rows = plan.At<uint16_t>(
+        workspace, plan.rows,
+        (static_cast<int64_t>(item.problem) * plan.padded_rows + item.first_row) * kDim);
+    for (int g = 0; g < kGroups; ++g) {
+      shared.rows_empty[g].Wait(rows_parity);
+      shared.rows_full[g].ArriveAndExpect(kRowsBytes);
+      CopyBulk(shared.rows[g], rows + g * kGroupRows * kDim, kRowsBytes, &shared.rows_full[g]);
+    }
+    rows_parity ^= 1;
+    const uint16_t* centroids = plan.Centroid(workspace, item.problem, 0);
+    for (int first = 0; first < item.clusters; first += kTileClusters) {
+      shared.centroids_empty[stage].Wait(parity);
+      shared.centroids_full[stage].ArriveAndExpect(kTileBytes);
+      CopyBulk(shared.centroids[stage], centroids + static_cast<int64_t>(first) * kDim, kTileBytes,
+               &shared.centroids_full[stage]);
+      if (++stage == kHopperStages) {
+        stage = 0;
+        parity ^= 1;
       }
     }
   }
 }
 
-// Scores the close rows again: every score one chain of multiply-adds over ascending channels, as
-// KMeans does it. A thread has one centroid of a tile and 8 rows.
+// A warpgroup's 64 rows of every item. The products of one group run while others fold theirs.
+template <int kDim>
+__device__ void ScoreItems(const Plan& plan, const KMeansCudaProblem* problems, int items,
+                           HopperShared<kDim>& shared, unsigned char* workspace) {
+  const int lane = threadIdx.x % kWarp, warp = threadIdx.x / kWarp, group = warp / 4;
+  const int row_in_group = warp % 4 * 16 + lane / 4;
+  int stage = 0, parity = 0, rows_parity = 0;
+  Item item, next;
+  next.Load(plan, problems, static_cast<int>(blockIdx.x), items);
+  for (int i = static_cast<int>(blockIdx.x); i < items; i += static_cast<int>(gridDim.x)) {
+    item = next;
+    next.Load(plan, problems, i + static_cast<int>(gridDim.x), items);
+    if (item.Empty()) continue;
+    const int row = item.first_row + group * kGroupRows + row_in_group;
+    const float* margins = plan.At<float>(workspace, plan.margins,
+                                          static_cast<int64_t>(item.problem) * plan.padded_rows);
+    const float margin[2] = {margins[row], margins[row + 8]};
+    uint32_t rows[kDim / 16][4];
+    shared.rows_full[group].Wait(rows_parity);
+    const uint16_t* from[2] = {shared.rows[group] + row_in_group * kDim,
+                               shared.rows[group] + (row_in_group + 8) * kDim};
+    LoadRows<kDim>(from, rows);
+    __syncwarp();
+    if (lane == 0) shared.rows_empty[group].Arrive();
+    rows_parity ^= 1;
+    BestTwo best[2];
+    for (int first = 0; first < item.clusters; first += kTileClusters) {
+      float sum[kTileClusters / 2];
+      shared.centroids_full[stage].Wait(parity);
+      WarpgroupFence();
+#pragma unroll
+      for (int k = 0; k < kDim / 16; ++k) {
+        WarpgroupMmaHalf(
+            sum, rows[k],
+            MakeMatrixB<kTileClusters * 16>(shared.centroids[stage] + 2 * k * Plan::kChannelStep),
+            k > 0);
+      }
+      WarpgroupCommit();
+      WarpgroupWait(sum);
+      if (lane == 0) shared.centroids_empty[stage].Arrive();
+      if (++stage == kHopperStages) {
+        stage = 0;
+        parity ^= 1;
+      }
+      float tile[kTileClusters / 8][4];
+#pragma unroll
+      for (int n = 0; n < kTileClusters / 2; ++n) tile[n / 4][n % 4] = sum[n];
+      FoldTile(tile, first, item.clusters, best);
+    }
+#pragma unroll
+    for (int half = 0; half < 2; ++half) {
+      WriteLabel(plan, item.problem, row + 8 * half, item.row_count, margin[half], best[half],
+                 item.labels, workspace);
+    }
+  }
+}
+#endif  // CKV_HOPPER
+
+template <int kDim>
+__global__ void __launch_bounds__(kHopperThreads, 1)
+    AssignHopperKernel(const __grid_constant__ Plan plan, const KMeansCudaProblem* problems,
+                       int items, unsigned char* workspace) {
+#if CKV_HOPPER
+  HopperShared<kDim>& shared = *reinterpret_cast<HopperShared<kDim>*>(SharedMemory());
+  if (threadIdx.x == 0) {
+    for (int s = 0; s < kHopperStages; ++s) {
+      shared.centroids_full[s].Init(1);
+      shared.centroids_empty[s].Init(kGroups * 4);
+    }
+    for (int g = 0; g < kGroups; ++g) {
+      shared.rows_full[g].Init(1);
+      shared.rows_empty[g].Init(4);
+    }
+    FenceBarriers();
+  }
+  __syncthreads();
+  if (threadIdx.x < kGroups * 128) {
+    ScoreItems<kDim>(plan, problems, items, shared, workspace);
+  } else if (threadIdx.x == kGroups * 128) {
+    FetchItems<kDim>(plan, problems, items, shared, workspace);
+  }
+#endif
+}
+
+// ---- close rows
+// --------------------------------------------------------------------------------------
+
+// A score's bits in the order of scores, above the cluster's, in reverse: the lower wins a tie.
+__device__ __forceinline__ unsigned long long ScoreKey(float score, int cluster) {  // NOLINT
+  const uint32_t bits = __float_as_uint(__fadd_rn(score, 0.0f));
+  const uint32_t ordered = bits >> 31 ? ~bits : bits | 0x80000000u;
+  return static_cast<unsigned long long>(ordered) << 32 |  // NOLINT(runtime/int)
+         (0xffffffffu - static_cast<uint32_t>(cluster));
+}
+
+// row · centroid as KMeans has it: one chain of multiply-adds over ascending channels.
+__device__ __forceinline__ float ExactScore(const KMeansCudaProblem& problem,
+                                            const KMeansCudaParams& p, int row, const float* unit) {
+  const unsigned char* from = RowOf(problem, row);
+  float sum = 0;
+#pragma unroll 8
+  for (int j = 0; j < p.dim; j += 4) {
+    const float4 x = RowFour(problem, from, p.element_type, j);
+    const float4 c = *reinterpret_cast<const float4*>(unit + j);
+    sum = fmaf(x.w, c.w, fmaf(x.z, c.z, fmaf(x.y, c.y, fmaf(x.x, c.x, sum))));
+  }
+  return sum;
+}
+
+struct RescoreShared {
+  unsigned long long best[kRescoreRows];  // NOLINT(runtime/int): what atomicMax takes
+  uint32_t candidates[kRescoreRoom];      // row of the batch, cluster
+  int close[kRescoreChunk];
+  int close_count, candidate_count;
+};
+
+// Scores the candidates exactly and empties their list. All threads.
+__device__ void ScoreCandidates(const Plan& plan, const KMeansCudaProblem& problem, int index,
+                                const int* rows, RescoreShared& shared, unsigned char* workspace) {
+  const KMeansCudaParams& p = plan.params;
+  __syncthreads();
+  for (int i = threadIdx.x; i < shared.candidate_count; i += kRescoreThreads) {
+    const int row = static_cast<int>(shared.candidates[i] >> 16);
+    const int cluster = static_cast<int>(shared.candidates[i] & 0xffffu);
+    const float* unit = plan.At<float>(
+        workspace, plan.unit, (static_cast<int64_t>(index) * p.max_clusters + cluster) * p.dim);
+    const float score = ExactScore(problem, p, rows[row], unit);
+    atomicMax(&shared.best[row], ScoreKey(score, cluster));
+  }
+  __syncthreads();
+  if (threadIdx.x == 0) shared.candidate_count = 0;
+  __syncthreads();
+}
+
+// Scores up to kRescoreRows close rows again, in fp16; who comes close enough, in exact float.
+template <int kDim>
+__device__ void RescoreRows(const Plan& plan, const KMeansCudaProblem& problem, int index,
+                            const int* close, int count, RescoreShared& shared, uint16_t* stages,
+                            unsigned char* workspace) {
+  const int lane = threadIdx.x % kWarp, warp = threadIdx.x / kWarp, r = lane / 4, t = lane % 4;
+  const int64_t rows_at = static_cast<int64_t>(index) * plan.padded_rows;
+  const uint16_t* centroids = plan.Centroid(workspace, index, 0);
+  const int clusters = problem.cluster_count;
+  for (int i = threadIdx.x; i < kRescoreRows; i += kRescoreThreads) shared.best[i] = 0;
+  uint32_t rows[1][kDim / 16][4];
+  const uint16_t* from[2];
+  float limit[2];
+#pragma unroll
+  for (int half = 0; half < 2; ++half) {
+    const int i = warp * 16 + half * 8 + r, row = close[min(i, count - 1)];
+    from[half] = plan.At<uint16_t>(workspace, plan.rows, (rows_at + row) * kDim);
+    limit[half] =
+        i < count ? *plan.At<float>(workspace, plan.limits, rows_at + row) : -kNegativeInfinity;
+  }
+  LoadRows<kDim>(from, rows[0]);
+  constexpr int kDepth = RescoreStages(kDim), kTile = kTileClusters * kDim;
+  const int tiles = (clusters + kTileClusters - 1) / kTileClusters;
+  for (int tile = 0; tile < kDepth - 1; ++tile) {
+    if (tile < tiles) {
+      StageCentroids<kDim, kRescoreThreads>(centroids, tile * kTileClusters, stages + tile * kTile);
+    }
+    CopyAsyncCommit();
+  }
+  for (int tile = 0; tile < tiles; ++tile) {
+    const int first = tile * kTileClusters, ahead = tile + kDepth - 1;
+    if (ahead < tiles) {
+      StageCentroids<kDim, kRescoreThreads>(centroids, ahead * kTileClusters,
+                                            stages + ahead % kDepth * kTile);
+    }
+    CopyAsyncCommit();
+    CopyAsyncWait<kDepth - 1>();
+    __syncthreads();
+    float sum[1][kTileClusters / 8][4];
+    ScoreTile<kDim, 1>(rows, stages + tile % kDepth * kTile, sum);
+#pragma unroll
+    for (int n = 0; n < kTileClusters / 8; ++n) {
+#pragma unroll
+      for (int i = 0; i < 4; ++i) {
+        const int cluster = first + n * 8 + t * 2 + i % 2;
+        if (!(sum[0][n][i] >= limit[i / 2]) || cluster >= clusters) continue;
+        const uint32_t row = static_cast<uint32_t>(warp * 16 + i / 2 * 8 + r);
+        const int at = atomicAdd(&shared.candidate_count, 1);
+        shared.candidates[at] = row << 16 | static_cast<uint32_t>(cluster);
+      }
+    }
+    __syncthreads();
+    if (shared.candidate_count > kRescoreRoom - kRescoreRows * kTileClusters) {
+      ScoreCandidates(plan, problem, index, close, shared, workspace);
+    }
+  }
+  ScoreCandidates(plan, problem, index, close, shared, workspace);
+  for (int i = threadIdx.x; i < count; i += kRescoreThreads) {
+    problem.labels[close[i]] =
+        static_cast<int32_t>(0xffffffffu - static_cast<uint32_t>(shared.best[i]));
+  }
+  __syncthreads();
+}
+
+// A block looks through kRescoreChunk labels for those that assignment left open.
+template <int kDim>
 __global__ void __launch_bounds__(kRescoreThreads)
     RescoreKernel(const __grid_constant__ Plan plan, const KMeansCudaProblem* problems,
                   unsigned char* workspace) {
-  constexpr int kRowsPerThread = kRescoreRows / (kRescoreThreads / kRescoreClusters);
-  const KMeansCudaParams& p = plan.params;
-  const int index = static_cast<int>(blockIdx.y), dim = p.dim, stride = p.dim + 4;
+  const int index = static_cast<int>(blockIdx.y);
   const KMeansCudaProblem& problem = problems[index];
-  const int close = *plan.At<int>(workspace, plan.close_count, index);
-  const int* list = plan.At<int>(workspace, plan.close, static_cast<int64_t>(index) * p.max_rows);
-  const float* unit =
-      plan.At<float>(workspace, plan.unit, static_cast<int64_t>(index) * p.max_clusters * dim);
-  float* rows = reinterpret_cast<float*>(SharedMemory());  // [kRescoreRows, stride]
-  float* tile = rows + kRescoreRows * stride;              // [kRescoreClusters, stride]
-  float* scores = tile + kRescoreClusters * stride;        // [kRescoreRows, 2]
-  int* winners = reinterpret_cast<int*>(scores + kRescoreRows * 2);
-  const int lane = threadIdx.x % kWarp, warp = threadIdx.x / kWarp;
-  const int column = threadIdx.x % kRescoreClusters;
-  const int first_row = threadIdx.x / kRescoreClusters * kRowsPerThread;
-  for (int chunk = blockIdx.x * kRescoreRows; chunk < close; chunk += gridDim.x * kRescoreRows) {
-    for (int i = warp; i < kRescoreRows; i += kRescoreThreads / kWarp) {
-      const unsigned char* from = RowOf(problem, list[min(chunk + i, close - 1)]);
-      for (int j = lane; j < dim; j += kWarp) {
-        rows[i * stride + j] = RowElement(problem, from, p.element_type, j);
-      }
-    }
-    float best[kRowsPerThread];
-    int winner[kRowsPerThread];
-#pragma unroll
-    for (int i = 0; i < kRowsPerThread; ++i) {
-      best[i] = kNegativeInfinity;
-      winner[i] = 0x7fffffff;
-    }
-    for (int first = 0; first < problem.cluster_count; first += kRescoreClusters) {
-      __syncthreads();
-      for (int i = threadIdx.x; i < kRescoreClusters * dim; i += kRescoreThreads) {
-        const int c = first + i / dim;
-        tile[i / dim * stride + i % dim] =
-            c < problem.cluster_count ? unit[static_cast<int64_t>(c) * dim + i % dim] : 0.0f;
-      }
-      __syncthreads();
-      float sum[kRowsPerThread] = {};
-      for (int j = 0; j < dim; j += 4) {
-        const float4 c = *reinterpret_cast<const float4*>(tile + column * stride + j);
-#pragma unroll
-        for (int i = 0; i < kRowsPerThread; ++i) {
-          const float4 x = *reinterpret_cast<const float4*>(rows + (first_row + i) * stride + j);
-          sum[i] = fmaf(x.w, c.w, fmaf(x.z, c.z, fmaf(x.y, c.y, fmaf(x.x, c.x, sum[i]))));
-        }
-      }
-      if (first + column >= problem.cluster_count) continue;
-#pragma unroll
-      for (int i = 0; i < kRowsPerThread; ++i) {
-        if (sum[i] > best[i]) {
-          best[i] = sum[i];
-          winner[i] = first + column;
-        }
-      }
-    }
-#pragma unroll
-    for (int i = 0; i < kRowsPerThread; ++i) {
-#pragma unroll
-      for (int offset = 16; offset > 0; offset /= 2) {
-        const float other = __shfl_xor_sync(kFullMask, best[i], offset);
-        const int other_winner = __shfl_xor_sync(kFullMask, winner[i], offset);
-        if (other > best[i] || (other == best[i] && other_winner < winner[i])) {
-          best[i] = other;
-          winner[i] = other_winner;
-        }
-      }
-      if (lane == 0) {
-        scores[(first_row + i) * 2 + warp % 2] = best[i];
-        winners[(first_row + i) * 2 + warp % 2] = winner[i];
-      }
-    }
-    __syncthreads();
-    for (int i = threadIdx.x; i < kRescoreRows && chunk + i < close; i += kRescoreThreads) {
-      const bool second =
-          scores[2 * i + 1] > scores[2 * i] ||
-          (scores[2 * i + 1] == scores[2 * i] && winners[2 * i + 1] < winners[2 * i]);
-      problem.labels[list[chunk + i]] = winners[2 * i + second];
-    }
-    __syncthreads();
+  const int begin = static_cast<int>(blockIdx.x) * kRescoreChunk;
+  const int end = min(problem.row_count, begin + kRescoreChunk);
+  RescoreShared& shared = *reinterpret_cast<RescoreShared*>(SharedMemory());
+  uint16_t* stages =
+      reinterpret_cast<uint16_t*>(SharedMemory() + (sizeof(RescoreShared) + 127) / 128 * 128);
+  if (threadIdx.x == 0) shared.close_count = shared.candidate_count = 0;
+  __syncthreads();
+#pragma unroll 8
+  for (int row = begin + static_cast<int>(threadIdx.x); row < end; row += kRescoreThreads) {
+    if (problem.labels[row] < 0) shared.close[atomicAdd(&shared.close_count, 1)] = row;
+  }
+  __syncthreads();
+  const int close = shared.close_count;
+  for (int first = 0; first < close; first += kRescoreRows) {
+    RescoreRows<kDim>(plan, problem, index, shared.close + first, min(kRescoreRows, close - first),
+                      shared, stages, workspace);
   }
 }
 
@@ -443,8 +842,7 @@ __device__ int BlockSumBefore(int x, int* sums, int* before) {
 // A block per problem. Each of `workers` warps counts the labels of its run of rows; a scan turns
 // counts into places; then each warp places its rows, in order.
 __global__ void __launch_bounds__(kSortThreads)
-    SortKernel(const __grid_constant__ Plan plan, const KMeansCudaProblem* problems, int workers,
-               unsigned char* workspace) {
+    SortKernel(const KMeansCudaProblem* problems, int workers) {
   const KMeansCudaProblem& problem = problems[blockIdx.x];
   const int clusters = problem.cluster_count, rows = problem.row_count;
   const int lane = threadIdx.x % kWarp, warp = threadIdx.x / kWarp;
@@ -476,10 +874,7 @@ __global__ void __launch_bounds__(kSortThreads)
     }
     base += total;
   }
-  if (threadIdx.x == 0) {
-    problem.begin[clusters] = rows;
-    *plan.At<int>(workspace, plan.close_count, blockIdx.x) = 0;  // for the next assignment
-  }
+  if (threadIdx.x == 0) problem.begin[clusters] = rows;
   __syncthreads();
   for (int first = begin; first < end; first += kWarp) {
     const int row = first + lane;
@@ -500,51 +895,89 @@ __global__ void __launch_bounds__(kSortThreads)
 // ---- means
 // ---------------------------------------------------------------------------------------------
 
-// A warp per cluster; its rows in ascending order, in double, four in flight.
-template <int kVectors>
-__global__ void __launch_bounds__(256)
+// static_cast<float>(sum / size), given 1 / size. The product is off by 2 units of a double at
+// most, which can move the float only where the double lies that close to the middle of two floats,
+// or where the float is subnormal.
+__device__ __forceinline__ float Quotient(double sum, double size, double inverse) {
+  const double product = sum * inverse;
+#ifdef CLUSTERKV_CUDA_EMULATOR
+  uint64_t bits;
+  std::memcpy(&bits, &product, sizeof(bits));
+  const uint32_t low = static_cast<uint32_t>(bits) & 0x1fffffffu;
+#else
+  const uint32_t low = static_cast<uint32_t>(__double2loint(product)) & 0x1fffffffu;
+#endif
+  const bool clear = low - 0x0ffffff0u > 0x20u && fabs(product) > 1.2e-38;
+  return static_cast<float>(clear ? product : sum / size);
+}
+
+// kLanes lanes per cluster, kVectors times 8 channels each; its rows in ascending order, in double,
+// several in flight. A warp has one cluster or two beside each other.
+template <int kLanes, int kVectors, bool kWide>
+__global__ void __launch_bounds__(256, 3)
     MeansKernel(const __grid_constant__ Plan plan, const KMeansCudaProblem* problems,
                 unsigned char* workspace) {
+  constexpr int kClusters = kWarp / kLanes;
+  constexpr int kRows = 4 / kVectors;
   const KMeansCudaParams& p = plan.params;
   const int index = static_cast<int>(blockIdx.y);
   const KMeansCudaProblem& problem = problems[index];
-  const int lane = threadIdx.x % kWarp;
-  const int c = static_cast<int>(blockIdx.x) * 8 + threadIdx.x / kWarp;
-  if (c >= problem.cluster_count) return;
-  const int begin = problem.begin[c], end = problem.begin[c + 1];
-  if (begin == end) return;  // keeps its last centroid
-  double sum[kVectors][4] = {};
-  for (int first = begin; first < end; first += 4) {
-    float x[4][kVectors][4];
-#pragma unroll
-    for (int k = 0; k < 4; ++k) {
-      const unsigned char* row = RowOf(problem, problem.order[min(first + k, end - 1)]);
-#pragma unroll
-      for (int v = 0; v < kVectors; ++v) {
-#pragma unroll
-        for (int i = 0; i < 4; ++i) {
-          const int j = 4 * (lane + v * kWarp) + i;
-          x[k][v][i] = j < p.dim ? RowElement(problem, row, p.element_type, j) : 0.0f;
-        }
-      }
-    }
-#pragma unroll
-    for (int k = 0; k < 4; ++k) {
-      if (first + k >= end) break;
-#pragma unroll
-      for (int v = 0; v < kVectors; ++v) {
-#pragma unroll
-        for (int i = 0; i < 4; ++i) sum[v][i] += static_cast<double>(x[k][v][i]);
-      }
-    }
-  }
-  float mean[kVectors][4];
+  const int lane = threadIdx.x % kLanes, half = threadIdx.x % kWarp / kLanes;
+  const int c = (static_cast<int>(blockIdx.x) * 8 + threadIdx.x / kWarp) * kClusters + half;
+  const bool works = c < problem.cluster_count;
+  const int begin = works ? problem.begin[c] : 0, end = works ? problem.begin[c + 1] : 0;
+  int longest = end - begin;
+  if constexpr (kClusters > 1) longest = max(longest, __shfl_xor_sync(kFullMask, longest, kLanes));
+  double sum[kVectors][8] = {};
+  float weight[kVectors][8];
 #pragma unroll
   for (int v = 0; v < kVectors; ++v) {
 #pragma unroll
-    for (int i = 0; i < 4; ++i) mean[v][i] = static_cast<float>(sum[v][i] / (end - begin));
+    for (int i = 0; i < 8; ++i) {
+      const int j = 8 * (lane + v * kLanes) + i;
+      weight[v][i] = problem.weights != nullptr && j < p.dim ? problem.weights[j] : 1.0f;
+    }
   }
-  StoreCentroid<kVectors>(plan, problem, index, c, mean, workspace);
+  for (int base = 0; base < longest; base += kLanes) {
+    const int at = begin + min(base + lane, max(end - begin - 1, 0));
+    const unsigned char* mine = RowOf(problem, end > begin ? problem.order[at] : 0);
+    const int count = min(kLanes, longest - base), left = end - begin - base;
+    for (int first = 0; first < count; first += kRows) {
+      RawEight<kWide> row[kRows][kVectors];
+#pragma unroll
+      for (int k = 0; k < kRows; ++k) {
+        const unsigned char* from = reinterpret_cast<const unsigned char*>(
+            __shfl_sync(kFullMask, reinterpret_cast<unsigned long long>(mine),  // NOLINT
+                        half * kLanes + min(first + k, kLanes - 1)));
+#pragma unroll
+        for (int v = 0; v < kVectors; ++v) {
+          const int j = 8 * (lane + v * kLanes);
+          if (first + k < left && j < p.dim) row[k][v].Load(from, j);
+        }
+      }
+#pragma unroll
+      for (int k = 0; k < kRows; ++k) {
+        if (first + k >= left) break;
+#pragma unroll
+        for (int v = 0; v < kVectors; ++v) {
+#pragma unroll
+          for (int i = 0; i < 8; ++i) {
+            sum[v][i] +=
+                static_cast<double>(__fmul_rn(row[k][v].Get(p.element_type, i), weight[v][i]));
+          }
+        }
+      }
+    }
+  }
+  if (begin == end) return;  // keeps its last centroid
+  float mean[kVectors][8];
+  const double size = end - begin, inverse = 1.0 / size;
+#pragma unroll
+  for (int v = 0; v < kVectors; ++v) {
+#pragma unroll
+    for (int i = 0; i < 8; ++i) mean[v][i] = Quotient(sum[v][i], size, inverse);
+  }
+  StoreMean<kLanes, kVectors>(plan, problem, index, c, mean, workspace);
 }
 
 // ---- host
@@ -567,12 +1000,12 @@ Plan MakePlan(const KMeansCudaParams& p, int64_t problems) {
     at += (bytes + 255) / 256 * 256;
     return offset;
   };
-  plan.rows = take(problems * p.max_rows * plan.padded_dim * 2);
-  plan.margins = take(problems * p.max_rows * 4);
+  plan.padded_rows = (p.max_rows + kItemRows - 1) / kItemRows * kItemRows;
+  plan.rows = take(problems * plan.padded_rows * plan.padded_dim * 2);
+  plan.margins = take(problems * plan.padded_rows * 4);
+  plan.limits = take(problems * plan.padded_rows * 4);
   plan.centroids = take(problems * plan.padded_clusters * plan.padded_dim * 2);
   plan.unit = take(problems * p.max_clusters * p.dim * 4);
-  plan.close = take(problems * p.max_rows * 4);
-  plan.close_count = take(problems * 4);
   plan.bytes = at;
   return plan;
 }
@@ -582,25 +1015,62 @@ dim3 Grid(int64_t items, int64_t per_block, int32_t problems) {
               static_cast<unsigned>(problems));
 }
 
+// Whether the current device has Hopper's own instructions, and its multiprocessors.
+cudaError_t ReadDevice(bool* hopper, int* multiprocessors) {
+#ifdef CLUSTERKV_CUDA_EMULATOR
+  *hopper = true;
+  *multiprocessors = 132;
+  return cudaSuccess;
+#else
+  int device = 0, major = 0;
+  CKV_RETURN_IF_CUDA_ERROR(cudaGetDevice(&device));
+  CKV_RETURN_IF_CUDA_ERROR(
+      cudaDeviceGetAttribute(&major, cudaDevAttrComputeCapabilityMajor, device));
+  *hopper = major == 9;
+  return cudaDeviceGetAttribute(multiprocessors, cudaDevAttrMultiProcessorCount, device);
+#endif
+}
+
+using ProblemsKernel = void (*)(Plan, const KMeansCudaProblem*, unsigned char*);
+
+template <int kDim>
+cudaError_t AssignOnHopper(const Plan& plan, const KMeansCudaProblem* problems, int32_t count,
+                           int multiprocessors, unsigned char* workspace, cudaStream_t stream) {
+  const int items = plan.padded_rows / kItemRows * count;
+  return cuda::Launch(AssignHopperKernel<kDim>, dim3(std::min(items, multiprocessors)),
+                      dim3(kHopperThreads), sizeof(HopperShared<kDim>), 1, stream, plan, problems,
+                      items, workspace);
+}
+
 cudaError_t Assign(const Plan& plan, const KMeansCudaProblem* problems, int32_t count,
                    unsigned char* workspace, cudaStream_t stream) {
   const KMeansCudaParams& p = plan.params;
-  const size_t shared_bytes = static_cast<size_t>(kStages) * kTileClusters * plan.padded_dim * 2;
-  void (*kernel)(Plan, const KMeansCudaProblem*, unsigned char*) =
-      plan.padded_dim == 64    ? AssignKernel<64, 2>
-      : plan.padded_dim == 128 ? AssignKernel<128, 2>
-      : plan.padded_dim == 256 ? AssignKernel<256, 1>
-                               : AssignKernel<512, 1>;
-  const int rows_per_block = kAssignWarps * 16 * (plan.padded_dim <= 128 ? 2 : 1);
-  CKV_RETURN_IF_CUDA_ERROR(cuda::Launch(kernel, Grid(p.max_rows, rows_per_block, count),
-                                        dim3(kAssignThreads), shared_bytes, 1, stream, plan,
-                                        problems, workspace));
-  const size_t rescore_bytes =
-      static_cast<size_t>(kRescoreRows + kRescoreClusters) * (p.dim + 4) * 4 + kRescoreRows * 16;
-  const int chunks = (p.max_rows + kRescoreRows - 1) / kRescoreRows;
-  const int blocks = std::max(1, std::min(chunks, 264 / std::max(1, static_cast<int>(count))));
-  return cuda::Launch(RescoreKernel, dim3(blocks, count), dim3(kRescoreThreads), rescore_bytes, 1,
-                      stream, plan, problems, workspace);
+  const int dim = plan.padded_dim;
+  const size_t tile_bytes = static_cast<size_t>(kTileClusters) * dim * 2;
+  bool hopper = false;
+  int multiprocessors = 0;
+  CKV_RETURN_IF_CUDA_ERROR(ReadDevice(&hopper, &multiprocessors));
+  if (hopper && !p.plain && dim <= 128) {
+    CKV_RETURN_IF_CUDA_ERROR(
+        (dim == 64 ? AssignOnHopper<64> : AssignOnHopper<128>)(plan, problems, count,
+                                                               multiprocessors, workspace, stream));
+  } else {
+    const ProblemsKernel kernel = dim == 64    ? AssignKernel<64, 2>
+                                  : dim == 128 ? AssignKernel<128, 2>
+                                  : dim == 256 ? AssignKernel<256, 1>
+                                               : AssignKernel<512, 1>;
+    const int rows_per_block = kAssignWarps * 16 * (dim <= 128 ? 2 : 1);
+    CKV_RETURN_IF_CUDA_ERROR(cuda::Launch(kernel, Grid(p.max_rows, rows_per_block, count),
+                                          dim3(kAssignThreads), kStages * tile_bytes, 1, stream,
+                                          plan, problems, workspace));
+  }
+  const ProblemsKernel rescore = dim == 64    ? RescoreKernel<64>
+                                 : dim == 128 ? RescoreKernel<128>
+                                 : dim == 256 ? RescoreKernel<256>
+                                              : RescoreKernel<512>;
+  return cuda::Launch(rescore, Grid(p.max_rows, kRescoreChunk, count), dim3(kRescoreThreads),
+                      (sizeof(RescoreShared) + 127) / 128 * 128 + RescoreStages(dim) * tile_bytes,
+                      1, stream, plan, problems, workspace);
 }
 
 template <int kVectors>
@@ -620,11 +1090,16 @@ cudaError_t Run(const Plan& plan, const KMeansCudaProblem* problems, int32_t cou
   const int workers =
       static_cast<int>(std::clamp<int64_t>(kSortCountBytes / 4 / p.max_clusters, 1, 32));
   const size_t sort_bytes = (kWarp + static_cast<size_t>(workers) * p.max_clusters) * 4;
+  constexpr int kLanes = kVectors == 1 ? 16 : 32, kEights = kVectors == 4 ? 2 : 1;
+  const ProblemsKernel means = p.element_type == ElementType::kFloat32
+                                   ? MeansKernel<kLanes, kEights, true>
+                                   : MeansKernel<kLanes, kEights, false>;
   for (int i = 0; i < p.iterations; ++i) {
     CKV_RETURN_IF_CUDA_ERROR(Assign(plan, problems, count, workspace, stream));
     CKV_RETURN_IF_CUDA_ERROR(cuda::Launch(SortKernel, dim3(count), dim3(kSortThreads), sort_bytes,
-                                          1, stream, plan, problems, workers, workspace));
-    CKV_RETURN_IF_CUDA_ERROR(cuda::Launch(MeansKernel<kVectors>, Grid(p.max_clusters, 8, count),
+                                          1, stream, problems, workers));
+    CKV_RETURN_IF_CUDA_ERROR(cuda::Launch(means,
+                                          Grid(p.max_clusters, kVectors == 1 ? 16 : 8, count),
                                           dim3(256), 0, 1, stream, plan, problems, workspace));
   }
   return cudaSuccess;
@@ -632,9 +1107,10 @@ cudaError_t Run(const Plan& plan, const KMeansCudaProblem* problems, int32_t cou
 
 cudaError_t PrepareRows(const Plan& plan, const KMeansCudaProblem* problems, int32_t count,
                         unsigned char* workspace, cudaStream_t stream) {
-  CKV_RETURN_IF_CUDA_ERROR(
-      cudaMemsetAsync(workspace + plan.close_count, 0, static_cast<size_t>(count) * 4, stream));
-  return cuda::Launch(PrepareRowsKernel, Grid(plan.params.max_rows, 8, count), dim3(256), 0, 1,
+  const ProblemsKernel kernel = plan.padded_dim <= 128   ? PrepareRowsKernel<1>
+                                : plan.padded_dim == 256 ? PrepareRowsKernel<2>
+                                                         : PrepareRowsKernel<4>;
+  return cuda::Launch(kernel, Grid(plan.params.max_rows, 8 * kPrepareRows, count), dim3(256), 0, 1,
                       stream, plan, problems, workspace);
 }
 
@@ -658,8 +1134,6 @@ cudaError_t LaunchAssignRows(const KMeansCudaParams& params, const KMeansCudaPro
   if (problem_count == 0) return cudaSuccess;
   const Plan plan = MakePlan(params, problem_count);
   unsigned char* bytes = static_cast<unsigned char*>(workspace);
-  CKV_RETURN_IF_CUDA_ERROR(
-      cudaMemsetAsync(bytes + plan.close_count, 0, static_cast<size_t>(problem_count) * 4, stream));
   const auto init = params.dim <= 128   ? InitCentroids<1>
                     : params.dim <= 256 ? InitCentroids<2>
                                         : InitCentroids<4>;

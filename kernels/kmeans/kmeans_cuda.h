@@ -25,12 +25,14 @@ struct KMeansCudaParams {
   // Bounds over the batch.
   int32_t max_rows = 0;
   int32_t max_clusters = 0;  // at most 45,000
+  // Without the instructions that only Hopper has; the same results.
+  bool plain = false;
 };
 
 // One problem. Device memory, as are all arrays it names.
 struct KMeansCudaProblem {
   // Row i: the element rows.At(first_row + i), from byte row_offset on: [dim] of the element type,
-  // aligned to 16 bytes, times `weights` [dim] where not null.
+  // aligned to 16 bytes, times `weights` [dim], likewise aligned, where not null.
   DevicePagedView rows;
   uint32_t first_row = 0;
   uint32_t row_offset = 0;
@@ -40,7 +42,7 @@ struct KMeansCudaProblem {
   // [cluster_count]: the rows that the centroids start from, or null: kStride's.
   const int32_t* initial_rows = nullptr;
   int32_t* labels = nullptr;   // [row_count] out
-  float* centroids = nullptr;  // [cluster_count, dim] out
+  float* centroids = nullptr;  // [cluster_count, dim] out, aligned to 16 bytes
   int32_t* order = nullptr;    // [row_count] out: the rows by cluster, ascending within each
   int32_t* begin = nullptr;    // [cluster_count + 1] out: where each cluster begins in `order`
 };

@@ -28,20 +28,22 @@ using namespace cuda;  // NOLINT: device helpers
 constexpr int kThreads = 512;
 constexpr int kWarps = kThreads / kWarp;
 constexpr int kChunk = 128;  // channels that a warp's accumulators hold at a time
-constexpr int kTile = 16;    // tokens of one matrix product
+constexpr int kPartCopies = 4;
+constexpr int kTile = 16;  // tokens of one matrix product
 constexpr float kNegativeInfinity = -__builtin_huge_valf();
 
 // What the launcher works out from SelectCudaParams.
 struct Plan {
   SelectCudaParams params;
   CodesLayout codes;
-  int blocks;       // per pair
-  int head_blocks;  // ceil(group / 8)
-  int room;         // tokens to take clusters for
-  int exact_room;   // exact tokens besides sinks when refining: budget (sinks are subtracted per
-                    // pair)
-  bool refine;      // score by codes
-  int max_listed;   // touched clusters at most: min(max_clusters, room)
+  int blocks;        // per pair
+  int head_blocks;   // ceil(group / 8)
+  int room;          // tokens to take clusters for
+  int exact_room;    // exact tokens besides sinks when refining: budget (sinks are subtracted per
+                     // pair)
+  bool refine;       // score by codes
+  bool usual_codes;  // 2 bits, 128 channels, groups of 32: three loads of 16 bytes per token
+  int max_listed;    // touched clusters at most: min(max_clusters, room)
   int max_estimated;
   int max_exact;  // capacity of the exact list
   int64_t shared_bytes;
@@ -83,7 +85,7 @@ struct Bump {
 
 struct Arrays {
   ThresholdScratch* threshold;
-  float* reduce;       // [kWarps]
+  float* reduce;       // [kWarps, 4]
   int* flags;          // [8]: small shared words
   uint4* query_hi_lo;  // [head_blocks, D / 16, 32]: fragments of the balanced query, hi (x, y), lo
                        // (z, w)
@@ -95,17 +97,19 @@ struct Arrays {
   float* head_sum;     // [group]; of a softmax whose ranks are wanted: its log2-sum-exp2
   uint32_t* cluster_keys;      // [max_clusters]: RankKey
   int* cluster_sizes;          // [max_clusters]
+  int* cluster_slots;          // [max_clusters]: the first of each
+  float* cluster_scores;       // [group, max_clusters]: logits in units of log2
   int* listed;                 // [max_listed]: touched clusters, ascending
   int* listed_start;           // [max_listed + 1]: first of its tokens among the scored tokens
   int* listed_slot;            // [max_listed]: its first slot
-  int* listed_part;            // [max_listed]
+  uint16_t* listed_part;       // [max_listed]
   uint16_t* token_entry;       // [room]: index into listed
-  uint32_t* token_keys;        // [room]
+  uint32_t* token_keys;        // [room]; where cluster_keys were
   int* exact_token;            // [max_exact]
   int* exact_position;         // [max_exact]
   unsigned char* token_exact;  // [room]
   int* estimated;              // [max_estimated]
-  float* token_weights;        // [group, room]
+  float* token_weights;        // [group, room]: logits, then weights
   float* listed_weights;       // [group, max_listed]
   float* estimated_weights;    // [group, max_estimated]
   float* partial;              // [kWarps, group, D]
@@ -118,7 +122,7 @@ __host__ __device__ Arrays MakeArrays(const Plan& plan, Bump& bump) {
   const int64_t groups = plan.codes.groups;
   Arrays a;
   a.threshold = bump.Take<ThresholdScratch>(1);
-  a.reduce = bump.Take<float>(kWarps);
+  a.reduce = bump.Take<float>(kWarps * 4);
   a.flags = bump.Take<int>(8);
   a.head_max = bump.Take<float>(p.group);
   a.head_sum = bump.Take<float>(p.group);
@@ -127,18 +131,19 @@ __host__ __device__ Arrays MakeArrays(const Plan& plan, Bump& bump) {
   a.query = bump.Take<float>(static_cast<int64_t>(p.group) * p.head_dim);
   a.query_sums = bump.Take<float>(heads * groups);
   a.query_hi_lo = bump.Take<uint4>(plan.refine ? plan.head_blocks * (p.head_dim / 16) * 32 : 0);
-  a.cluster_keys = bump.Take<uint32_t>(p.max_clusters);
+  a.cluster_keys = a.token_keys = bump.Take<uint32_t>(max(p.max_clusters, plan.room));
   a.cluster_sizes = bump.Take<int>(p.max_clusters);
+  a.cluster_slots = bump.Take<int>(p.max_clusters);
   a.listed = bump.Take<int>(plan.max_listed);
   a.listed_start = bump.Take<int>(plan.max_listed + 1);
   a.listed_slot = bump.Take<int>(plan.max_listed);
-  a.listed_part = bump.Take<int>(plan.max_listed);
+  a.listed_part = bump.Take<uint16_t>(plan.max_listed);
   a.token_entry = bump.Take<uint16_t>(plan.room);
-  a.token_keys = bump.Take<uint32_t>(plan.room);
   a.exact_token = bump.Take<int>(plan.max_exact);
   a.exact_position = bump.Take<int>(plan.max_exact);
   a.token_exact = bump.Take<unsigned char>(plan.room);
   a.estimated = bump.Take<int>(plan.max_estimated);
+  a.cluster_scores = bump.Take<float>(static_cast<int64_t>(p.group) * p.max_clusters);
   a.partial_low = bump.Take<float>(plan.refine ? kWarps * 8 * groups : 0);
   a.partial = bump.Take<float>(static_cast<int64_t>(kWarps) * p.group * p.head_dim);
   a.token_weights = bump.Take<float>(plan.refine ? static_cast<int64_t>(p.group) * plan.room : 0);
@@ -155,7 +160,11 @@ struct Context {
   SelectCudaPair pair;
   int pair_index, rank;  // rank: of the block in its cluster
   Arrays a;
-  float* cluster_scores;  // [group, max_clusters] log2 units
+  const DeviceIndexPart* parts;  // part_copies where they have room
+  DeviceIndexPart part_copies[kPartCopies];
+  // Where the blocks of a pair give each other their shares of what a.cluster_scores and
+  // a.token_weights then hold; with one block the same memory.
+  float* cluster_scores;  // [group, max_clusters]
   float* sink_scores;     // [group, max_sinks]
   float* token_scores;    // [group, room]
   float* states;          // [blocks, group, D]
@@ -166,36 +175,35 @@ struct Context {
     int low = 0, high = pair.part_count - 1;
     while (low < high) {
       const int middle = (low + high + 1) / 2;
-      if (pair.parts[middle].first_cluster <= cluster) {
+      if (parts[middle].first_cluster <= cluster) {
         low = middle;
       } else {
         high = middle - 1;
       }
     }
     *part_index = low;
-    return pair.parts[low];
+    return parts[low];
   }
 };
 
-__device__ float BlockMax(float x, float* reduce) {
-  x = WarpMax(x);
-  __syncthreads();
-  if (threadIdx.x % kWarp == 0) reduce[threadIdx.x / kWarp] = x;
-  __syncthreads();
-  float r = reduce[0];
+// Of four numbers of each thread, over the block: their largest, or their sum in a fixed order.
+template <bool kSum>
+__device__ void BlockReduce(float (&x)[4], float* reduce) {
 #pragma unroll
-  for (int w = 1; w < kWarps; ++w) r = fmaxf(r, reduce[w]);
-  return r;
-}
-__device__ float BlockSum(float x, float* reduce) {
-  x = WarpSum(x);
+  for (int i = 0; i < 4; ++i) x[i] = kSum ? WarpSum(x[i]) : WarpMax(x[i]);
   __syncthreads();
-  if (threadIdx.x % kWarp == 0) reduce[threadIdx.x / kWarp] = x;
+  if (threadIdx.x % kWarp == 0) {
+    *reinterpret_cast<float4*>(reduce + threadIdx.x / kWarp * 4) =
+        make_float4(x[0], x[1], x[2], x[3]);
+  }
   __syncthreads();
-  float r = 0;
 #pragma unroll
-  for (int w = 0; w < kWarps; ++w) r += reduce[w];
-  return r;
+  for (int w = 0; w < kWarps; ++w) {
+    const float4 y = *reinterpret_cast<const float4*>(reduce + w * 4);
+    const float of[4] = {y.x, y.y, y.z, y.w};
+#pragma unroll
+    for (int i = 0; i < 4; ++i) x[i] = w == 0 ? of[i] : kSum ? x[i] + of[i] : fmaxf(x[i], of[i]);
+  }
 }
 
 // ---- phase 0: queries
@@ -206,20 +214,24 @@ __device__ float BlockSum(float x, float* reduce) {
 __device__ void PrepareQueries(Context& c) {
   const SelectCudaParams& p = c.params();
   const int dim = p.head_dim;
-  const float* channels = c.pair.parts[0].channels.As<float>(c.pair.kv_head);  // [3, D]
+  const float* channels = c.parts[0].channels.As<float>(c.pair.kv_head);  // [3, D]
+  float* balanced = c.a.partial;  // [group, D], until the state needs it
   for (int i = threadIdx.x; i < p.group * dim; i += kThreads) {
-    c.a.query[i] = c.pair.queries[i] * p.scale * kLog2E / channels[i % dim];
+    const float query = c.pair.queries[i], weight = channels[i % dim];
+    const float balance = channels[dim + i % dim];
+    c.a.query[i] = query * p.scale * kLog2E / weight;
+    if (c.plan.refine) balanced[i] = c.a.query[i] / balance;
   }
   for (int j = threadIdx.x; j < dim; j += kThreads) c.a.inverse_v[j] = 1.0f / channels[2 * dim + j];
   __syncthreads();
   if (!c.plan.refine) return;
-  const float* balance = channels + dim;
   const int lane = threadIdx.x % kWarp, warp = threadIdx.x / kWarp;
+  // Sums over scale groups, a few lanes each; and a power of two that brings the head's largest
+  // channel to [2^11, 2^12).
   for (int h = warp; h < c.plan.head_blocks * 8; h += kWarps) {
-    // A power of two that brings the largest channel to [2^11, 2^12).
     float largest = 0;
     for (int j = lane; j < dim && h < p.group; j += kWarp) {
-      largest = fmaxf(largest, fabsf(c.a.query[h * dim + j] / balance[j]));
+      largest = fmaxf(largest, fabsf(balanced[h * dim + j]));
     }
     largest = WarpMax(largest);
     const int exponent = largest > 0 ? static_cast<int>(__float_as_uint(largest) >> 23) - 127 : 0;
@@ -227,8 +239,7 @@ __device__ void PrepareQueries(Context& c) {
     for (int g = 0; g < c.plan.codes.groups; ++g) {
       float sum = 0;
       for (int j = lane; j < p.group_channels && h < p.group; j += kWarp) {
-        const int channel = g * p.group_channels + j;
-        sum += c.a.query[h * dim + channel] / balance[channel];
+        sum += balanced[h * dim + g * p.group_channels + j];
       }
       sum = WarpSum(sum);
       if (lane == 0) c.a.query_sums[h * c.plan.codes.groups + g] = sum;
@@ -246,7 +257,7 @@ __device__ void PrepareQueries(Context& c) {
 #pragma unroll
       for (int j = 0; j < 4; ++j) {
         const int channel = block * kCodeBlock + ChannelOfIndex(2 * t + j % 2 + j / 2 * 8);
-        x[j] = c.a.query[h * dim + channel] / balance[channel] * inverse;
+        x[j] = balanced[h * dim + channel] * inverse;
       }
       SplitHalves(x[0], x[1], &fragment.x, &fragment.z);
       SplitHalves(x[2], x[3], &fragment.y, &fragment.w);
@@ -259,13 +270,16 @@ __device__ void PrepareQueries(Context& c) {
 // --------------------------------------------------------------------------------
 
 __device__ void LoadSizes(Context& c) {
-  for (int i = threadIdx.x; i < c.pair.clusters; i += kThreads) {
-    int part_index;
-    const DeviceIndexPart& part = c.PartOf(i, &part_index);
-    const uint32_t at = static_cast<uint32_t>(c.pair.kv_head) * (part.clusters + 1) +
-                        static_cast<uint32_t>(i - part.first_cluster);
-    c.a.cluster_sizes[i] =
-        *part.cluster_begin.As<int32_t>(at + 1) - *part.cluster_begin.As<int32_t>(at);
+  for (int k = 0; k < c.pair.part_count; ++k) {
+    const DeviceIndexPart& part = c.parts[k];
+    const uint32_t base = static_cast<uint32_t>(c.pair.kv_head) * (part.clusters + 1);
+#pragma unroll 4
+    for (int i = threadIdx.x; i < part.clusters; i += kThreads) {
+      const int begin = *part.cluster_begin.As<int32_t>(base + i);
+      const int end = *part.cluster_begin.As<int32_t>(base + i + 1);
+      c.a.cluster_sizes[part.first_cluster + i] = end - begin;
+      c.a.cluster_slots[part.first_cluster + i] = begin;
+    }
   }
 }
 
@@ -297,14 +311,17 @@ __device__ void ScoreCentroids(Context& c) {
   const int lane = threadIdx.x % kWarp, warp = threadIdx.x / kWarp, dim = p.head_dim;
   const int share = (c.pair.clusters + c.plan.blocks * 8 - 1) / (c.plan.blocks * 8) * 8;
   const int begin = c.rank * share, end = min(c.pair.clusters, begin + share);
-  for (int first = begin + warp * 8; first < end; first += kWarps * 8) {
+  const auto fetch = [&](int first, EightRows<kVectors>* rows) {
     const int mine = min(first + lane % 8, end - 1);
     int part_index;
     const DeviceIndexPart& part = c.PartOf(mine, &part_index);
-    EightRows<kVectors> rows;
-    rows.Load(part.centroids.At(static_cast<uint32_t>(c.pair.kv_head) * part.clusters +
-                                static_cast<uint32_t>(mine - part.first_cluster)),
-              dim);
+    rows->Load(part.centroids.At(static_cast<uint32_t>(c.pair.kv_head) * part.clusters +
+                                 static_cast<uint32_t>(mine - part.first_cluster)),
+               dim);
+  };
+  EightRows<kVectors> rows;
+  for (int first = begin + warp * 8; first < end; first += kWarps * 8) {
+    fetch(first, &rows);
     for (int h4 = 0; h4 < p.group; h4 += 4) {
       float sums[32];
 #pragma unroll
@@ -338,11 +355,12 @@ __device__ void ScoreCentroids(Context& c) {
   }
 }
 
-// Sinks' scores by their keys as they came; the last block's work.
+// Sinks' scores by their keys as they came.
 __device__ void ScoreSinks(Context& c) {
   const SelectCudaParams& p = c.params();
   const int lane = threadIdx.x % kWarp, warp = threadIdx.x / kWarp;
-  for (int i = warp; i < c.pair.sink_tokens * p.group; i += kWarps) {
+  for (int i = c.rank * kWarps + warp; i < c.pair.sink_tokens * p.group;
+       i += c.plan.blocks * kWarps) {
     const int sink = i % c.pair.sink_tokens, head = i / c.pair.sink_tokens;
     const unsigned char* key = c.pair.sink_keys + sink * c.pair.sink_key_stride_bytes;
     float sum = 0;
@@ -364,31 +382,56 @@ __device__ __forceinline__ uint32_t RankKey(float log2_rank) {
   return static_cast<uint32_t>(static_cast<int>(rintf(clamped * 2097152.0f)) + 1016 * 2097152) << 1;
 }
 
+// Brings scores [group, stride], the first n of each head, that the blocks gave each other, into
+// this block's memory. Each thread what SoftmaxKeys has it read.
+__device__ void GatherScores(const Context& c, const float* from, int stride, int n, float* to) {
+  if (from == to) return;
+  for (int h = 0; h < c.params().group; ++h) {
+    const int64_t row = static_cast<int64_t>(h) * stride;
+#pragma unroll 4
+    for (int i = threadIdx.x; i < n; i += kThreads) to[row + i] = from[row + i];
+  }
+}
+
 // keys[i] = RankKey of the sum over the heads of the softmax of scores [group, stride] over i < n
 // (and over extra [group, extra_stride], whose own ranks are not wanted). Logarithms, so that
 // nothing underflows.
 __device__ void SoftmaxKeys(Context& c, const float* scores, int stride, int n, const float* extra,
                             int extra_stride, int extra_count, uint32_t* keys) {
   const int group = c.params().group;
-  for (int h = 0; h < group; ++h) {
-    float largest = kNegativeInfinity;
-    for (int i = threadIdx.x; i < n; i += kThreads) {
-      largest = fmaxf(largest, scores[static_cast<int64_t>(h) * stride + i]);
+  for (int h4 = 0; h4 < group; h4 += 4) {
+    const int heads = min(4, group - h4);
+    float largest[4], sum[4] = {0, 0, 0, 0};
+#pragma unroll
+    for (int h = 0; h < 4; ++h) {
+      largest[h] = kNegativeInfinity;
+      if (h >= heads) continue;
+      const float* row = scores + static_cast<int64_t>(h4 + h) * stride;
+#pragma unroll 4
+      for (int i = threadIdx.x; i < n; i += kThreads) largest[h] = fmaxf(largest[h], row[i]);
+      for (int i = threadIdx.x; i < extra_count; i += kThreads) {
+        largest[h] = fmaxf(largest[h], extra[(h4 + h) * extra_stride + i]);
+      }
     }
-    for (int i = threadIdx.x; i < extra_count; i += kThreads) {
-      largest = fmaxf(largest, extra[h * extra_stride + i]);
+    BlockReduce<false>(largest, c.a.reduce);
+#pragma unroll
+    for (int h = 0; h < 4; ++h) {
+      if (largest[h] == kNegativeInfinity) largest[h] = 0;
+      if (h >= heads) continue;
+      const float* row = scores + static_cast<int64_t>(h4 + h) * stride;
+#pragma unroll 4
+      for (int i = threadIdx.x; i < n; i += kThreads) sum[h] += Exp2(row[i] - largest[h]);
+      for (int i = threadIdx.x; i < extra_count; i += kThreads) {
+        sum[h] += Exp2(extra[(h4 + h) * extra_stride + i] - largest[h]);
+      }
     }
-    largest = BlockMax(largest, c.a.reduce);
-    if (largest == kNegativeInfinity) largest = 0;
-    float sum = 0;
-    for (int i = threadIdx.x; i < n; i += kThreads) {
-      sum += Exp2(scores[static_cast<int64_t>(h) * stride + i] - largest);
+    BlockReduce<true>(sum, c.a.reduce);
+#pragma unroll
+    for (int h = 0; h < 4; ++h) {
+      if (static_cast<int>(threadIdx.x) == h && h < heads) {
+        c.a.head_sum[h4 + h] = largest[h] + log2f(sum[h]);
+      }
     }
-    for (int i = threadIdx.x; i < extra_count; i += kThreads) {
-      sum += Exp2(extra[h * extra_stride + i] - largest);
-    }
-    sum = BlockSum(sum, c.a.reduce);
-    if (threadIdx.x == 0) c.a.head_sum[h] = largest + log2f(sum);
   }
   __syncthreads();
   for (int i = threadIdx.x; i < n; i += kThreads) {
@@ -410,7 +453,9 @@ __device__ void SoftmaxKeys(Context& c, const float* scores, int stride, int n, 
 __device__ void ChooseClusters(Context& c) {
   const Arrays& a = c.a;
   const int n = c.pair.clusters;
-  SoftmaxKeys(c, c.cluster_scores, c.params().max_clusters, n, nullptr, 0, 0, a.cluster_keys);
+  const int stride = c.params().max_clusters;
+  GatherScores(c, c.cluster_scores, stride, n, a.cluster_scores);
+  SoftmaxKeys(c, a.cluster_scores, stride, n, nullptr, 0, 0, a.cluster_keys);
   const auto key = [&](int i) { return a.cluster_keys[i]; };
   const auto size = [&](int i) { return a.cluster_sizes[i]; };
   const int room =
@@ -433,13 +478,17 @@ __device__ void ChooseClusters(Context& c) {
     c.estimated_count = 0;
   }
   for (int e = threadIdx.x; e < listed; e += kThreads) {
-    const int cluster = a.listed[e];
     int part_index;
-    const DeviceIndexPart& part = c.PartOf(cluster, &part_index);
-    a.listed_part[e] = part_index;
-    a.listed_slot[e] = *part.cluster_begin.As<int32_t>(
-        static_cast<uint32_t>(c.pair.kv_head) * (part.clusters + 1) +
-        static_cast<uint32_t>(cluster - part.first_cluster));
+    c.PartOf(a.listed[e], &part_index);
+    a.listed_part[e] = static_cast<uint16_t>(part_index);
+    a.listed_slot[e] = a.cluster_slots[a.listed[e]];
+  }
+  const int lane = threadIdx.x % kWarp, warp = threadIdx.x / kWarp;
+  for (int e = warp; e < listed; e += kWarps) {
+    const int end = e + 1 < listed ? a.listed_start[e + 1] : tokens;
+    for (int t = a.listed_start[e] + lane; t < end; t += kWarp) {
+      a.token_entry[t] = static_cast<uint16_t>(e);
+    }
   }
   __syncthreads();
   const int wanted = static_cast<int>(static_cast<double>(c.params().estimated_fraction) * n);
@@ -457,18 +506,6 @@ __device__ void ChooseClusters(Context& c) {
         &total);
     if (threadIdx.x == 0) c.estimated_count = estimated;
   }
-  for (int t = threadIdx.x; t < tokens; t += kThreads) {
-    int low = 0, high = listed - 1;
-    while (low < high) {
-      const int middle = (low + high + 1) / 2;
-      if (a.listed_start[middle] <= t) {
-        low = middle;
-      } else {
-        high = middle - 1;
-      }
-    }
-    a.token_entry[t] = static_cast<uint16_t>(low);
-  }
   __syncthreads();
 }
 
@@ -477,7 +514,7 @@ __device__ void ChooseClusters(Context& c) {
 
 __device__ __forceinline__ const unsigned char* CodesOf(const Context& c, int token) {
   const int entry = c.a.token_entry[token];
-  const DeviceIndexPart& part = c.pair.parts[c.a.listed_part[entry]];
+  const DeviceIndexPart& part = c.parts[c.a.listed_part[entry]];
   const int slot = c.a.listed_slot[entry] + token - c.a.listed_start[entry];
   return part.codes.At(static_cast<uint32_t>(c.pair.kv_head) * part.tokens + slot);
 }
@@ -550,10 +587,104 @@ __device__ void ScoreTokens(Context& c) {
         if (head >= p.group || at >= c.token_count) continue;
         const int cluster = c.a.listed[c.a.token_entry[at]];
         c.token_scores[static_cast<int64_t>(head) * c.plan.room + at] =
-            logit[i] + c.cluster_scores[static_cast<int64_t>(head) * p.max_clusters + cluster];
+            logit[i] + c.a.cluster_scores[static_cast<int64_t>(head) * p.max_clusters + cluster];
       }
     }
   }
+}
+
+// The codes of one token, 2 bits in groups of 32 of 128 channels (Plan::usual_codes): K scales and
+// lows, V scales and lows, then 32 bytes of K's bits and 32 of V's. Aligned to 16.
+struct UsualCodes {
+  const uint4* row;
+
+  __device__ __forceinline__ uint4 KeyMeta() const { return row[0]; }
+  __device__ __forceinline__ uint4 ValueMeta() const { return row[1]; }
+  __device__ __forceinline__ void KeyBits(uint4 (&bits)[2]) const {
+    bits[0] = row[2];
+    bits[1] = row[3];
+  }
+  __device__ __forceinline__ uint4 ValueBits(int half) const { return row[4 + half]; }
+};
+// Half i of the four in two words; word i. With constant i no instruction or one.
+__device__ __forceinline__ float HalfOf(uint32_t low, uint32_t high, int i) {
+  return HalfBitsToFloat(static_cast<uint16_t>((i < 2 ? low : high) >> (i % 2 * 16)));
+}
+__device__ __forceinline__ uint32_t WordOf(const uint4& x, int i) {
+  return i == 0 ? x.x : i == 1 ? x.y : i == 2 ? x.z : x.w;
+}
+
+// As ScoreTokens for usual codes; the next tile is fetched while this one is scored. Leaves in
+// flags[0] the bits of the largest V scale of the block's tokens.
+__device__ void ScoreUsualTokens(Context& c) {
+  constexpr int kGroups = 4, kBlocks = 8;
+  const SelectCudaParams& p = c.params();
+  const int lane = threadIdx.x % kWarp, warp = threadIdx.x / kWarp, r = lane / 4, t = lane % 4;
+  int begin, end;
+  TileRange(c, &begin, &end);
+  uint4 next_meta[2], next_bits[2][2];
+  int largest_scale = 0;
+  const auto fetch = [&](int tile) {
+#pragma unroll
+    for (int i = 0; i < 2; ++i) {
+      const int token = min(tile * kTile + r + 8 * i, c.token_count - 1);
+      const UsualCodes codes = {reinterpret_cast<const uint4*>(CodesOf(c, token))};
+      next_meta[i] = codes.KeyMeta();
+      codes.KeyBits(next_bits[i]);
+      const uint4 value = codes.ValueMeta();
+      const uint32_t word = t < 2 ? value.x : value.y;
+      largest_scale = max(largest_scale, static_cast<int>(word >> (t % 2 * 16) & 0xffffu));
+    }
+  };
+  if (begin + warp < end) fetch(begin + warp);
+  for (int tile = begin + warp; tile < end; tile += kWarps) {
+    const uint4 meta[2] = {next_meta[0], next_meta[1]};
+    const uint4 bits[2][2] = {{next_bits[0][0], next_bits[0][1]},
+                              {next_bits[1][0], next_bits[1][1]}};
+    if (tile + kWarps < end) fetch(tile + kWarps);
+    for (int hb = 0; hb < c.plan.head_blocks; ++hb) {
+      float logit[4] = {0, 0, 0, 0};
+      const float unit[2] = {c.a.query_unit[hb * 8 + 2 * t], c.a.query_unit[hb * 8 + 2 * t + 1]};
+#pragma unroll
+      for (int g = 0; g < kGroups; ++g) {
+        float sum[4] = {0, 0, 0, 0};
+#pragma unroll
+        for (int block = 2 * g; block < 2 * g + 2; ++block) {
+          const uint4 q = c.a.query_hi_lo[(hb * kBlocks + block) * kWarp + lane];
+          uint32_t operand[4];
+          CodeBlock<2>{WordOf(bits[0][block / 4], block % 4), 0}.ChannelPairs(t, &operand[0],
+                                                                              &operand[2]);
+          CodeBlock<2>{WordOf(bits[1][block / 4], block % 4), 0}.ChannelPairs(t, &operand[1],
+                                                                              &operand[3]);
+          MmaHalf(sum, operand, q.x, q.y);
+          MmaHalf(sum, operand, q.z, q.w);
+        }
+#pragma unroll
+        for (int i = 0; i < 2; ++i) {
+          const float scale = HalfOf(meta[i].x, meta[i].y, g);
+          const float low = HalfOf(meta[i].z, meta[i].w, g);
+#pragma unroll
+          for (int j = 0; j < 2; ++j) {
+            const float query_sum = c.a.query_sums[(hb * 8 + 2 * t + j) * kGroups + g];
+            logit[2 * i + j] += scale * (sum[2 * i + j] * unit[j]) + low * query_sum;
+          }
+        }
+      }
+#pragma unroll
+      for (int i = 0; i < 4; ++i) {
+        const int head = hb * 8 + 2 * t + i % 2, at = tile * kTile + r + i / 2 * 8;
+        if (head >= p.group || at >= c.token_count) continue;
+        const int cluster = c.a.listed[c.a.token_entry[at]];
+        c.token_scores[static_cast<int64_t>(head) * c.plan.room + at] =
+            logit[i] + c.a.cluster_scores[static_cast<int64_t>(head) * p.max_clusters + cluster];
+      }
+    }
+  }
+#pragma unroll
+  for (int offset = 16; offset > 0; offset /= 2) {
+    largest_scale = max(largest_scale, __shfl_xor_sync(kFullMask, largest_scale, offset));
+  }
+  if (lane == 0) atomicMax(&c.a.flags[0], largest_scale);
 }
 
 // ---- phase 4: the exact zone
@@ -571,7 +702,8 @@ __device__ void ChooseExact(Context& c) {
     }
     if (threadIdx.x == 0) c.exact_count = n;
   } else {
-    SoftmaxKeys(c, c.token_scores, c.plan.room, n, c.sink_scores, p.max_sinks, c.pair.sink_tokens,
+    GatherScores(c, c.token_scores, c.plan.room, n, a.token_weights);
+    SoftmaxKeys(c, a.token_weights, c.plan.room, n, c.sink_scores, p.max_sinks, c.pair.sink_tokens,
                 a.token_keys);
     const auto key = [&](int i) { return a.token_keys[i]; };
     const auto one = [](int) { return 1; };
@@ -601,7 +733,7 @@ __device__ void WriteSelection(Context& c, const SelectCudaOutput& out) {
   const int64_t row = static_cast<int64_t>(c.pair_index) * out.max_exact;
   for (int i = threadIdx.x; i < c.exact_count; i += kThreads) {
     const int token = a.exact_token[i];
-    const DeviceIndexPart& part = c.pair.parts[a.listed_part[a.token_entry[token]]];
+    const DeviceIndexPart& part = c.parts[a.listed_part[a.token_entry[token]]];
     a.exact_position[i] = *part.positions.As<int32_t>(
         static_cast<uint32_t>(c.pair.kv_head) * part.tokens + SlotOf(c, token));
   }
@@ -647,46 +779,62 @@ __device__ void StateWeights(Context& c) {
   const Arrays& a = c.a;
   const SelectCudaParams& p = c.params();
   const bool coded = c.plan.refine && p.answer_scored;
-  const int tokens = coded ? c.token_count : 0;
-  for (int h = 0; h < p.group; ++h) {
-    const float* scores = c.token_scores + static_cast<int64_t>(h) * c.plan.room;
-    const float* clusters = c.cluster_scores + static_cast<int64_t>(h) * p.max_clusters;
-    float* token_weights = a.token_weights + static_cast<int64_t>(h) * c.plan.room;
-    float* estimated_weights = a.estimated_weights + static_cast<int64_t>(h) * c.plan.max_estimated;
-    float largest = kNegativeInfinity;
-    for (int t = threadIdx.x; t < tokens; t += kThreads) {
-      if (!a.token_exact[t]) largest = fmaxf(largest, scores[t]);
+  const int tokens = coded ? c.token_count : 0, estimated = c.estimated_count;
+  for (int h4 = 0; h4 < p.group; h4 += 4) {
+    const int heads = min(4, p.group - h4);
+    float largest[4], shift[4], sum[4] = {0, 0, 0, 0};
+#pragma unroll
+    for (int h = 0; h < 4; ++h) {
+      largest[h] = kNegativeInfinity;
+      if (h >= heads) continue;
+      const float* scores = a.token_weights + static_cast<int64_t>(h4 + h) * c.plan.room;
+      const float* clusters = a.cluster_scores + static_cast<int64_t>(h4 + h) * p.max_clusters;
+      float* logits = a.estimated_weights + static_cast<int64_t>(h4 + h) * c.plan.max_estimated;
+#pragma unroll 4
+      for (int t = threadIdx.x; t < tokens; t += kThreads) {
+        if (!a.token_exact[t]) largest[h] = fmaxf(largest[h], scores[t]);
+      }
+      for (int i = threadIdx.x; i < estimated; i += kThreads) {
+        const int cluster = a.estimated[i];
+        logits[i] = clusters[cluster] + log2f(static_cast<float>(a.cluster_sizes[cluster]));
+        largest[h] = fmaxf(largest[h], logits[i]);
+      }
     }
-    for (int i = threadIdx.x; i < c.estimated_count; i += kThreads) {
-      const int cluster = a.estimated[i];
-      const float logit = clusters[cluster] + log2f(static_cast<float>(a.cluster_sizes[cluster]));
-      estimated_weights[i] = logit;
-      largest = fmaxf(largest, logit);
+    BlockReduce<false>(largest, a.reduce);
+#pragma unroll
+    for (int h = 0; h < 4; ++h) {
+      shift[h] = largest[h] == kNegativeInfinity ? 0.0f : largest[h];
+      if (h >= heads) continue;
+      float* scores = a.token_weights + static_cast<int64_t>(h4 + h) * c.plan.room;
+      float* logits = a.estimated_weights + static_cast<int64_t>(h4 + h) * c.plan.max_estimated;
+#pragma unroll 4
+      for (int t = threadIdx.x; t < tokens; t += kThreads) {
+        const float weight = a.token_exact[t] ? 0.0f : Exp2(scores[t] - shift[h]);
+        scores[t] = weight;
+        sum[h] += weight;
+      }
+      for (int i = threadIdx.x; i < estimated; i += kThreads) {
+        const float weight = Exp2(logits[i] - shift[h]);
+        logits[i] = weight;
+        sum[h] += weight;
+      }
     }
-    largest = BlockMax(largest, a.reduce);
-    const float shift = largest == kNegativeInfinity ? 0.0f : largest;
-    float sum = 0;
-    for (int t = threadIdx.x; t < tokens; t += kThreads) {
-      const float weight = a.token_exact[t] ? 0.0f : Exp2(scores[t] - shift);
-      token_weights[t] = weight;
-      sum += weight;
+    BlockReduce<true>(sum, a.reduce);
+#pragma unroll
+    for (int h = 0; h < 4; ++h) {
+      if (static_cast<int>(threadIdx.x) != h || h >= heads) continue;
+      a.head_max[h4 + h] = largest[h];
+      a.head_sum[h4 + h] = sum[h];
     }
-    for (int i = threadIdx.x; i < c.estimated_count; i += kThreads) {
-      const float weight = Exp2(estimated_weights[i] - shift);
-      estimated_weights[i] = weight;
-      sum += weight;
-    }
-    sum = BlockSum(sum, a.reduce);
-    if (threadIdx.x == 0) {
-      a.head_max[h] = largest;
-      a.head_sum[h] = sum;
-    }
-    // BlockSum's barriers make every thread's token weights visible.
-    for (int e = threadIdx.x; coded && e < c.listed_count; e += kThreads) {
-      float total = 0;
-      for (int t = a.listed_start[e]; t < a.listed_start[e + 1]; ++t) total += token_weights[t];
-      a.listed_weights[static_cast<int64_t>(h) * c.plan.max_listed + e] = total;
-    }
+  }
+  __syncthreads();
+  const int pairs = coded ? c.listed_count * p.group : 0;
+  for (int i = threadIdx.x; i < pairs; i += kThreads) {
+    const int h = i / c.listed_count, e = i % c.listed_count;
+    const float* weights = a.token_weights + static_cast<int64_t>(h) * c.plan.room;
+    float total = 0;
+    for (int t = a.listed_start[e]; t < a.listed_start[e + 1]; ++t) total += weights[t];
+    a.listed_weights[static_cast<int64_t>(h) * c.plan.max_listed + e] = total;
   }
   __syncthreads();
 }
@@ -750,8 +898,11 @@ __device__ void SumLows(Context& c, int hb) {
   __syncwarp();
 }
 
-// The exponent that brings the largest V scale of the block's tokens under 2^14, so that weight ×
-// scale is a half.
+// The exponent that brings a half of those bits under 2^14: its field e stands for [2^(e - 15),
+// 2^(e - 14)).
+__device__ __forceinline__ int ExponentUnder(int half_bits) { return 27 - (half_bits >> 10); }
+
+// That of the largest V scale of the block's tokens, so that weight × scale is a half.
 template <int kBits>
 __device__ int ValueScaleExponent(Context& c) {
   int begin, end;
@@ -768,8 +919,7 @@ __device__ int ValueScaleExponent(Context& c) {
   }
   atomicMax(&c.a.flags[0], largest);
   __syncthreads();
-  // A half's exponent field e stands for [2^(e - 15), 2^(e - 14)).
-  return 27 - (c.a.flags[0] >> 10);
+  return ExponentUnder(c.a.flags[0]);
 }
 
 // partial [warp, heads of block hb, D] = the residual part of the state, over the warp's tiles.
@@ -835,6 +985,83 @@ __device__ void SumCodes(Context& c, int hb, int exponent) {
     }
   }
   __syncwarp();
+}
+
+// As SumLows and SumCodes for usual codes: 64 channels at a time, for registers are short.
+__device__ void SumUsualCodes(Context& c, int hb, int exponent) {
+  constexpr int kGroups = 4, kBlocks = 4;  // kBlocks: of the 64 channels
+  const SelectCudaParams& p = c.params();
+  const int lane = threadIdx.x % kWarp, warp = threadIdx.x / kWarp, r = lane / 4, t = lane % 4;
+  const float up = exp2f(static_cast<float>(exponent)), down = 1.0f / up;
+  const float ones[4] = {1, 1, 1, 1};
+  float* low_to = c.a.partial_low + (warp * 8 + r) * kGroups;
+  int begin, end;
+  TileRange(c, &begin, &end);
+#pragma unroll 1
+  for (int part = 0; part < 2; ++part) {
+    float low_sum[4] = {0, 0, 0, 0}, sum[2 * kBlocks][4];
+#pragma unroll
+    for (int n = 0; n < 2 * kBlocks; ++n) sum[n][0] = sum[n][1] = sum[n][2] = sum[n][3] = 0;
+#pragma unroll 1
+    for (int tile = begin + warp; tile < end; tile += kWarps) {
+      TileRows<2> rows;
+      rows.Load(c, tile, hb * 8 + r);
+      uint4 meta[4], bits[4];
+#pragma unroll
+      for (int i = 0; i < 4; ++i) {
+        const UsualCodes codes = {reinterpret_cast<const uint4*>(rows.row[i])};
+        meta[i] = codes.ValueMeta();
+        bits[i] = codes.ValueBits(part);
+      }
+      uint32_t operand[4], lows[4];
+      rows.Weights(ones, operand);
+#pragma unroll
+      for (int i = 0; i < 4; ++i) {  // column r: the low of group r
+        const uint32_t word = r < 2 ? meta[i].z : meta[i].w;
+        lows[i] = r < kGroups ? word >> (r % 2 * 16) & 0xffffu : 0u;
+      }
+      MmaHalf(low_sum, operand, lows[0] | lows[1] << 16, lows[2] | lows[3] << 16);
+#pragma unroll
+      for (int g = 0; g < 2; ++g) {
+        float factor[4];
+#pragma unroll
+        for (int i = 0; i < 4; ++i) {
+          factor[i] = up * HalfOf(part == 0 ? meta[i].x : meta[i].y, 0, g);
+        }
+        rows.Weights(factor, operand);
+#pragma unroll
+        for (int block = 2 * g; block < 2 * g + 2; ++block) {
+          CodeBlock<2> codes[4];
+#pragma unroll
+          for (int i = 0; i < 4; ++i) codes[i] = {WordOf(bits[i], block), 0};
+#pragma unroll
+          for (int half = 0; half < 2; ++half) {
+            MmaHalf(sum[2 * block + half], operand, TokenPair<2>(codes[0], codes[1], half, r),
+                    TokenPair<2>(codes[2], codes[3], half, r));
+          }
+        }
+      }
+    }
+#pragma unroll
+    for (int i = 0; i < 2; ++i) {
+      if (2 * t + i < kGroups) low_to[2 * t + i] = low_sum[i] + low_sum[i + 2];
+    }
+    __syncwarp();
+    if (hb * 8 + r < p.group) {
+      float* to = c.a.partial + (static_cast<int64_t>(warp) * p.group + hb * 8 + r) * p.head_dim;
+#pragma unroll
+      for (int n = 0; n < 2 * kBlocks; ++n) {
+#pragma unroll
+        for (int i = 0; i < 2; ++i) {
+          const int channel =
+              (part * kBlocks + n / 2) * kCodeBlock + HalfChannel<2>(n % 2, 2 * t + i);
+          to[channel] = ((sum[n][i] + sum[n][i + 2]) * down + low_to[part * 2 + n / 4]) *
+                        c.a.inverse_v[channel];
+        }
+      }
+    }
+    __syncwarp();
+  }
 }
 
 // Adds the value means' part to partial, over the warp's clusters.
@@ -910,10 +1137,19 @@ __device__ void SumState(Context& c) {
   const bool coded = c.plan.refine && p.answer_scored;
   if constexpr (kBits > 0) {
     if (coded) {
-      const int exponent = ValueScaleExponent<kBits>(c);
-      for (int hb = 0; hb < c.plan.head_blocks; ++hb) {
-        SumLows<kBits>(c, hb);
-        SumCodes<kBits>(c, hb, exponent);
+      bool done = false;
+      if constexpr (kBits == 2 && kVectors == 1) {
+        done = c.plan.usual_codes;
+        for (int hb = 0; done && hb < c.plan.head_blocks; ++hb) {
+          SumUsualCodes(c, hb, ExponentUnder(c.a.flags[0]));
+        }
+      }
+      if (!done) {
+        const int exponent = ValueScaleExponent<kBits>(c);
+        for (int hb = 0; hb < c.plan.head_blocks; ++hb) {
+          SumLows<kBits>(c, hb);
+          SumCodes<kBits>(c, hb, exponent);
+        }
       }
     }
   }
@@ -953,6 +1189,19 @@ __global__ void __launch_bounds__(kThreads, 1)
     SelectKernel(const __grid_constant__ Plan plan, const SelectCudaPair* pairs,
                  const __grid_constant__ SelectCudaOutput out, unsigned char* workspace) {
   Context& c = *reinterpret_cast<Context*>(SharedMemory());
+  const SelectCudaPair& pair = pairs[blockIdx.x / static_cast<unsigned>(plan.blocks)];
+  const DeviceIndexPart* parts = pair.parts;
+  const bool copies = pair.part_count <= kPartCopies;
+  if (copies) {
+    // By other warps than the first thread's, which has its own work.
+    constexpr int kWords = sizeof(DeviceIndexPart) / 8;
+    static_assert(sizeof(DeviceIndexPart) % 8 == 0);
+    for (int i = static_cast<int>(threadIdx.x) - kWarp; i < pair.part_count * kWords;
+         i += kThreads - kWarp) {
+      if (i < 0) break;
+      reinterpret_cast<uint64_t*>(c.part_copies)[i] = reinterpret_cast<const uint64_t*>(parts)[i];
+    }
+  }
   if (threadIdx.x == 0) {
     c.plan = plan;
     c.pair_index = static_cast<int>(blockIdx.x) / plan.blocks;
@@ -968,19 +1217,30 @@ __global__ void __launch_bounds__(kThreads, 1)
                  workspace + pair_count * plan.pair_bytes + blockIdx.x * plan.block_bytes,
                  plan.shared_bytes - Align(sizeof(Context)), 0, 0};
     c.a = MakeArrays(plan, bump);
+    c.a.flags[0] = 0;
+    c.parts = copies ? c.part_copies : parts;
+    if (plan.blocks == 1) {
+      c.cluster_scores = c.a.cluster_scores;
+      c.token_scores = c.a.token_weights;
+    }
     c.listed_count = c.token_count = c.estimated_count = c.exact_count = 0;
   }
   __syncthreads();
+  ScoreSinks(c);
   LoadSizes(c);
   PrepareQueries(c);
   __syncthreads();
   ScoreCentroids<kVectors>(c);
-  if (c.rank == plan.blocks - 1) ScoreSinks(c);
   ClusterSync(plan.blocks);
   ChooseClusters(c);
   if constexpr (kBits > 0) {
     if (plan.refine) {
-      ScoreTokens<kBits>(c);
+      bool done = false;
+      if constexpr (kBits == 2 && kVectors == 1) {
+        done = plan.usual_codes;
+        if (done) ScoreUsualTokens(c);
+      }
+      if (!done) ScoreTokens<kBits>(c);
       ClusterSync(plan.blocks);
     }
   }
@@ -1077,6 +1337,7 @@ Plan MakePlan(const SelectCudaParams& p, int32_t pairs) {
   plan.refine = p.code_bits > 0 && p.scored_tokens > 0;
   plan.codes = p.code_bits > 0 ? MakeCodesLayout(p.code_bits, p.group_channels, p.head_dim)
                                : CodesLayout{0, 1, 0};
+  plan.usual_codes = p.code_bits == 2 && p.head_dim == 128 && p.group_channels == 32;
   plan.head_blocks = (p.group + 7) / 8;
   plan.room = max(p.budget_tokens, p.scored_tokens);
   plan.max_listed = min(p.max_clusters, plan.room);

@@ -172,6 +172,8 @@ void SyncThreads();
 void SyncCluster();
 // All lanes of `mask` exchange `words` 32-bit words: out receives every lane's, [32][words].
 void Exchange(uint32_t mask, const uint32_t* words, int count, uint32_t (*out)[8]);
+// Lets others run until *word is no longer what it is.
+void WaitForChange(const uint64_t* word);
 void Launch(dim3 grid, dim3 block, size_t shared_bytes, int cluster,
             const std::function<void()>& body);
 

@@ -212,6 +212,12 @@ void Exchange(uint32_t mask, const uint32_t* words, int count, uint32_t (*out)[8
   Wait(warp.barriers[mask], expected);
 }
 
+void WaitForChange(const uint64_t* word) {
+  running->waits_for = word;
+  running->waits_while = *word;
+  Yield();
+}
+
 void Launch(dim3 grid, dim3 block, size_t shared_bytes, int cluster,
             const std::function<void()>& body) {
   static std::mutex one_at_a_time;
