@@ -336,9 +336,15 @@ __global__ void __launch_bounds__(256)
 
 // The best two scores of a row so far, and whose the best is.
 struct BestTwo {
-  float best = kNegativeInfinity;
-  float second = kNegativeInfinity;
-  int cluster = 0;
+  float best;
+  float second;
+  int cluster;
+
+  // Not by initializers in the class: of an array of arrays, nvcc 13.0 then sets the first alone.
+  __device__ __forceinline__ void Clear() {
+    best = second = kNegativeInfinity;
+    cluster = 0;
+  }
 
   // `at`: where the best is, so far.
   __device__ __forceinline__ void Add(float score, int c, int* at) {
@@ -502,6 +508,11 @@ __global__ void __launch_bounds__(kAssignThreads, 1)
     LoadRows<kDim>(from, rows[m]);
   }
   BestTwo best[kRowTiles][2];
+#pragma unroll
+  for (int m = 0; m < kRowTiles; ++m) {
+#pragma unroll
+    for (int half = 0; half < 2; ++half) best[m][half].Clear();
+  }
   for (int tile = 0; tile < tiles; ++tile) {
     CopyAsyncWait<kStages - 2>();
     __syncthreads();
@@ -620,6 +631,8 @@ __device__ void ScoreItems(const Plan& plan, const KMeansCudaProblem* problems, 
     if (lane == 0) shared.rows_empty[group].Arrive();
     rows_parity ^= 1;
     BestTwo best[2];
+#pragma unroll
+    for (int half = 0; half < 2; ++half) best[half].Clear();
     for (int first = 0; first < item.clusters; first += kTileClusters) {
       float sum[kTileClusters / 2];
       shared.centroids_full[stage].Wait(parity);
