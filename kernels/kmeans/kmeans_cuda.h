@@ -1,11 +1,11 @@
 // K-means (kmeans.h) on a GPU, for a batch of problems in a fixed sequence of launches.
 //
 // Same contract and, where the processor has fused multiply-add, the same labels and centroids bit
-// for bit as KMeans: rows are scored on the matrix unit in fp16, and those whose two best scores
-// lie closer than fp16's error allows are scored again in KMeans' own float arithmetic; sums run
-// over the members in ascending row order, in double. (A score that fp16 misjudges by more than six
-// standard deviations would slip through.) No float atomics, no synchronisation, nothing allocated:
-// may be captured in a graph.
+// for bit as KMeans: rows are scored on the matrix unit in fp16, and where the two best scores
+// lie closer than fp16's error allows, all that come so close are scored again in KMeans' own float
+// arithmetic; sums run over the members in ascending row order, in double. (A score that fp16
+// misjudges by more than six standard deviations would slip through.) No float atomics, no
+// synchronisation, nothing allocated: may be captured in a graph.
 #ifndef CLUSTERKV_KERNELS_KMEANS_KMEANS_CUDA_H_
 #define CLUSTERKV_KERNELS_KMEANS_KMEANS_CUDA_H_
 
