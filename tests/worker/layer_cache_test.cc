@@ -3,6 +3,7 @@
 #include <gtest/gtest.h>
 #include <xxhash.h>
 
+#include <cstring>
 #include <string>
 #include <vector>
 
@@ -95,6 +96,33 @@ TEST(LayerCacheTest, RefusesRecordsThatAreNotTheMisses) {
   EXPECT_EQ(ReasonOf(cache.Receive(shorter)), v1::CHECKSUM_MISMATCH);
   ASSERT_TRUE(cache.Receive(Records(0, {20, 30})).ok());
   EXPECT_EQ(ReasonOf(cache.Receive(Records(0, {30}))), v1::CHECKSUM_MISMATCH);
+}
+
+TEST(LayerCacheTest, RecordsByLinkAreToBeHadElsewhere) {
+  LayerCache cache = MakeCache(8);
+  ASSERT_TRUE(cache.Begin(Selection({{20, 30}, {40}}), 16, 100).ok());
+  v1::RecordChunk by_link;
+  by_link.add_positions(20);
+  by_link.add_positions(30);
+  by_link.set_by_link(true);
+  v1::RecordChunk with_bytes = by_link;
+  with_bytes.set_records(Record(0, 20) + Record(0, 30));
+  EXPECT_EQ(ReasonOf(cache.Receive(with_bytes)), v1::CHECKSUM_MISMATCH);
+  ASSERT_TRUE(cache.Receive(by_link).ok());
+  ASSERT_TRUE(cache.Receive(Records(1, {40})).ok());
+  ASSERT_TRUE(cache.Complete().ok());
+  ASSERT_EQ(cache.linked().size(), 2u);
+  for (size_t i = 0; i < 2; ++i) {
+    const LinkedRecord& record = cache.linked()[i];
+    EXPECT_EQ(record.kv_head, 0);
+    EXPECT_LT(record.slot, cache.slot_count());
+    std::memcpy(record.copy, Record(0, i == 0 ? 20 : 30).data(), kRecordBytes);
+  }
+  EXPECT_EQ(Held(cache, 0), Record(0, 20) + Record(0, 30));
+  EXPECT_EQ(Held(cache, 1), Record(1, 40));
+  // Hits name none.
+  ASSERT_TRUE(cache.Begin(Selection({{20, 30}, {40}}), 16, 100).ok());
+  EXPECT_TRUE(cache.linked().empty());
 }
 
 TEST(LayerCacheTest, RefusesSelectionsThatNoServiceMayAnswer) {
