@@ -7,6 +7,7 @@
 #include <fstream>
 #include <limits>
 #include <optional>
+#include <set>
 #include <sstream>
 #include <thread>
 #include <utility>
@@ -49,8 +50,10 @@ class FirstError : public google::protobuf::io::ErrorCollector {
   std::string file_, text_;
 };
 
+// Fields of the file alone are no flags.
 const FieldDescriptor* FindField(const std::string& name) {
-  return v1::ServerConfig::descriptor()->FindFieldByName(name);
+  const FieldDescriptor* field = v1::ServerConfig::descriptor()->FindFieldByName(name);
+  return field == nullptr || field->is_repeated() ? nullptr : field;
 }
 
 int EditDistance(std::string_view a, std::string_view b) {
@@ -305,6 +308,58 @@ void ResolveTls(const v1::ServerConfig& message, Resolver& check, TlsOptions* tl
   }
 }
 
+std::vector<std::string> Split(const std::string& text) {
+  std::vector<std::string> parts;
+  std::stringstream stream(text);
+  for (std::string part; std::getline(stream, part, ',');) {
+    if (!part.empty()) parts.push_back(part);
+  }
+  return parts;
+}
+
+bool IsTenantName(const std::string& name) {
+  const bool letters = std::all_of(name.begin(), name.end(), [](char c) {
+    return (c >= 'a' && c <= 'z') || (c >= '0' && c <= '9') || c == '-';
+  });
+  return letters && !name.empty() && name.size() <= 63;
+}
+
+void ResolveTenants(const v1::ServerConfig& message, Resolver& check, Config* config) {
+  constexpr int64_t kMaxBytes = int64_t{1} << 50;
+  constexpr int64_t kMaxCount = std::numeric_limits<uint32_t>::max();
+  std::set<std::string> names, identities;
+  for (const v1::TenantConfig& tenant : message.tenants()) {
+    TenantOptions options;
+    options.name = tenant.name();
+    options.identities.assign(tenant.identities().begin(), tenant.identities().end());
+    if (!IsTenantName(options.name)) {
+      check.Fail("tenants", "a name of a-z, 0-9 and '-', 1 to 63", "\"" + options.name + "\"");
+    }
+    if (!names.insert(options.name).second) {
+      check.Fail("tenants", "each name once", "\"" + options.name + "\" twice");
+    }
+    for (const std::string& identity : options.identities) {
+      if (!identity.empty() && identities.insert(identity).second) continue;
+      check.Fail("tenants", "each identity once, and none empty", "\"" + identity + "\"");
+    }
+    options.arena_bytes = check.Bytes("tenants", tenant.arena_bytes(), 0, 1, kMaxBytes);
+    options.calls_per_second = check.Number("tenants", tenant.calls_per_second(), 0, 0, kMaxCount);
+    options.ingest_bytes_per_second =
+        check.Bytes("tenants", tenant.ingest_bytes_per_second(), 0, 1, kMaxBytes);
+    options.weight = check.Number("tenants", tenant.weight(), 1, 1, 1000);
+    config->tenants.push_back(std::move(options));
+  }
+  config->admin_identities = Split(message.admin_identities());
+  // A tenant's certificate would open the admin port to it, and with that all other tenants.
+  const bool by_certificate = !config->tls.client_ca_file.empty();
+  if (!config->tenants.empty() && by_certificate && config->admin_identities.empty()) {
+    check.Fail("admin_identities", "who may administer, as there are tenants", "none");
+  }
+  if (!config->admin_identities.empty() && !by_certificate) {
+    check.Fail("tls_client_ca_file", "a file, as admin_identities are set", "none");
+  }
+}
+
 }  // namespace
 
 const std::vector<ConfigField>& ConfigFields() {
@@ -344,6 +399,9 @@ const std::vector<ConfigField>& ConfigFields() {
        "PEM: clients show a certificate that one of these signed; empty: they need none"},
       {"tls_client_certificate_optional", "false", "let clients in that show no certificate"},
       {"health_listen", "", "host:port of health alone, never TLS, for probes; empty: none"},
+      {"tenants", "", "who shares the server, each with its quotas; in the file alone"},
+      {"admin_identities", "",
+       "certificates' identities that the admin port serves, comma-separated; empty: all"},
   };
   return fields;
 }
@@ -362,7 +420,8 @@ absl::Status ParseConfigText(std::string_view text, const std::string& file,
   const auto* descriptor = v1::ServerConfig::descriptor();
   for (int i = 0; i < descriptor->field_count(); ++i) {
     const FieldDescriptor* field = descriptor->field(i);
-    const auto location = tree.GetLocation(field, -1);
+    if (field->is_repeated() && parsed.GetReflection()->FieldSize(parsed, field) == 0) continue;
+    const auto location = tree.GetLocation(field, field->is_repeated() ? 0 : -1);
     if (location.line < 0) continue;
     (*places)[std::string(field->name())] =
         file + ":" + std::to_string(location.line + 1) + ":" + std::to_string(location.column + 1);
@@ -416,6 +475,7 @@ absl::StatusOr<Config> ResolveConfig(const v1::ServerConfig& message, const Conf
   config.health_listen =
       check.Address("health_listen", message.health_listen(), "", /*unix_allowed=*/true);
   ResolveTls(message, check, &config.tls);
+  ResolveTenants(message, check, &config);
   if (!message.device().empty()) config.device = message.device();
   if (!IsDeviceName(config.device)) {
     check.Fail("device", "cpu, cuda or cuda:N", "\"" + config.device + "\"");
@@ -464,7 +524,8 @@ std::string ConfigHelp() {
          "--arena_bytes=4GiB\n\n"
          "Flags (also fields of the file that --config=FILE names, in protobuf text format):\n";
   for (const ConfigField& field : ConfigFields()) {
-    std::string flag = "  --" + std::string(field.name);
+    const bool is_flag = FindField(field.name) != nullptr;
+    std::string flag = (is_flag ? "  --" : "    ") + std::string(field.name);
     flag.resize(std::max<size_t>(flag.size() + 2, 26), ' ');
     out << flag << field.help;
     if (*field.default_value != '\0') out << " (default " << field.default_value << ")";

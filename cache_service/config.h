@@ -1,8 +1,8 @@
 // The server's configuration: v1.ServerConfig from a text file and flags, checked and resolved.
 //
-// Every field of the message is a flag of the same name (--arena_bytes=64MiB); flags override the
-// file. Whatever is wrong is refused with its place (file, line and column, or the flag), the
-// field, what was expected and what was there. Stateless; thread-safe.
+// Every field of the message but `tenants` is a flag of the same name (--arena_bytes=64MiB); flags
+// override the file. Whatever is wrong is refused with its place (file, line and column, or the
+// flag), the field, what was expected and what was there. Stateless; thread-safe.
 #ifndef CLUSTERKV_CACHE_SERVICE_CONFIG_H_
 #define CLUSTERKV_CACHE_SERVICE_CONFIG_H_
 
@@ -17,6 +17,7 @@
 #include "absl/time/time.h"
 #include "cache_service/shard.h"
 #include "cache_service/telemetry/log.h"
+#include "cache_service/tenants.h"
 #include "clusterkv/v1/config.pb.h"
 
 namespace clusterkv::cache_service {
@@ -36,7 +37,9 @@ struct Config {
   std::string metrics_listen;  // host:port; empty: no /metrics
   std::string health_listen;   // host:port or unix:path; empty: none
   TlsOptions tls;
-  std::string device = "cpu";  // as MakeShardDevice takes it
+  std::string device = "cpu";                 // as MakeShardDevice takes it
+  std::vector<TenantOptions> tenants;         // empty: everybody is one and the same
+  std::vector<std::string> admin_identities;  // empty: all
   ShardOptions shard;
   absl::Duration spin = absl::ZeroDuration();
   int network_threads = 0;  // 0: as gRPC chooses; process-wide, set by the program

@@ -7,6 +7,7 @@
 #include <utility>
 
 #include "absl/strings/str_cat.h"
+#include "cache_service/tenant_names.h"
 #include "kernels/base/check.h"
 #include "kernels/base/status_macros.h"
 #include "proto/error.h"
@@ -282,8 +283,9 @@ absl::StatusOr<SequenceParams> WithSelectConfig(SequenceParams params,
 }
 
 absl::StatusOr<SequenceParams> ResolveParams(const v1::OpenSequenceRequest& request) {
-  if (request.name().empty() || request.name().size() > 256) {
-    return Invalid("name", "1 to 256 bytes", absl::StrCat(request.name().size(), " bytes"));
+  if (request.name().empty() || OwnNameBytes(request.name()) > kMaxNameBytes) {
+    return Invalid("name", absl::StrCat("1 to ", kMaxNameBytes, " bytes"),
+                   absl::StrCat(OwnNameBytes(request.name()), " bytes"));
   }
   const SequenceParams* preset = FindPreset(request.preset());
   if (preset == nullptr) {

@@ -5,6 +5,7 @@
 
 #include "absl/strings/str_cat.h"
 #include "cache_service/errors.h"
+#include "cache_service/tenant_names.h"
 #include "kernels/base/check.h"
 #include "kernels/base/status_macros.h"
 
@@ -55,9 +56,10 @@ int64_t SequenceStore::size() const {
 // --- finding
 
 absl::Status SequenceStore::CheckName(const std::string& name) const {
-  if (!name.empty() && name.size() <= 256) return absl::OkStatus();
-  return FieldError(v1::INVALID_FIELD, "sequence.name", "1 to 256 bytes",
-                    absl::StrCat(name.size(), " bytes"));
+  if (!name.empty() && OwnNameBytes(name) <= kMaxNameBytes) return absl::OkStatus();
+  return FieldError(v1::INVALID_FIELD, "sequence.name",
+                    absl::StrCat("1 to ", kMaxNameBytes, " bytes"),
+                    absl::StrCat(OwnNameBytes(name), " bytes"));
 }
 
 absl::StatusOr<SequenceRef> SequenceStore::Find(const v1::SequenceHandle& handle) {

@@ -109,6 +109,8 @@ struct Server::Impl {
   std::string address, admin_address;
   int port = 0, admin_port = 0, health_port = 0;
 
+  // The shard's last answers still go by the tenants' views of it: they end after it.
+  std::unique_ptr<Tenants> tenants;
   // In the order of construction: what stands below uses what stands above.
   std::unique_ptr<Shard> shard;
   std::unique_ptr<CacheServiceRpc> cache_service;
@@ -138,6 +140,11 @@ absl::Status Server::Impl::Start(const Config& config) {
   drain_delay = config.drain_delay;
   drain_timeout = config.drain_timeout;
   rpc.shard = shard.get();
+  if (!config.tenants.empty()) {
+    tenants = std::make_unique<Tenants>(config.tenants, shard.get());
+    rpc.tenants = tenants.get();
+  }
+  rpc.admin_identities = config.admin_identities;
   rpc.metrics = &metrics;
   rpc.version = CLUSTERKV_VERSION;
   rpc.max_chunk_bytes = config.max_chunk_bytes;

@@ -40,6 +40,10 @@ absl::StatusCode CodeOf(v1::ErrorReason reason) {
     case v1::SEQUENCE_RELEASED:
     case v1::RESIDENCY_STALE:
       return absl::StatusCode::kAborted;
+    case v1::IDENTITY_REFUSED:
+      return absl::StatusCode::kPermissionDenied;
+    case v1::TENANT_QUOTA:
+    case v1::RATE_LIMITED:
     case v1::ARENA_FULL:
     case v1::LIMIT_EXCEEDED:
       return absl::StatusCode::kResourceExhausted;

@@ -1,5 +1,6 @@
 #include "proto/grpc_status.h"
 
+#include <charconv>
 #include <string>
 
 #include "google/rpc/error_details.pb.h"
@@ -33,6 +34,18 @@ static_assert(static_cast<int>(absl::StatusCode::kDataLoss) == grpc::StatusCode:
 static_assert(static_cast<int>(absl::StatusCode::kUnauthenticated) ==
               grpc::StatusCode::UNAUTHENTICATED);
 
+// An error that says when to try again says it in the way that generic clients know, too.
+void AddRetryInfo(const google::rpc::ErrorInfo& info, google::rpc::Status* rpc) {
+  const auto found = info.metadata().find("retryAfterMs");
+  if (found == info.metadata().end()) return;
+  int64_t ms = 0;
+  std::from_chars(found->second.data(), found->second.data() + found->second.size(), ms);
+  google::rpc::RetryInfo retry;
+  retry.mutable_retry_delay()->set_seconds(ms / 1000);
+  retry.mutable_retry_delay()->set_nanos(static_cast<int32_t>(ms % 1000 * 1'000'000));
+  rpc->add_details()->PackFrom(retry);
+}
+
 }  // namespace
 
 google::rpc::Status ToRpcStatus(const absl::Status& status) {
@@ -45,6 +58,7 @@ google::rpc::Status ToRpcStatus(const absl::Status& status) {
     info.set_domain("clusterkv");
     for (auto& [key, value] : MetadataOf(status)) (*info.mutable_metadata())[key] = value;
     rpc.add_details()->PackFrom(info);
+    AddRetryInfo(info, &rpc);
   }
   return rpc;
 }

@@ -51,6 +51,10 @@ grpc::ServerUnaryReactor* AdminServiceRpc::Drain(grpc::CallbackServerContext* co
                                                  const v1::DrainRequest*,
                                                  v1::DrainResponse* response) {
   const std::shared_ptr<LaterUnary> call = LaterUnary::Start(rpc_, Method::kDrain, context);
+  if (absl::Status status = rpc_.CheckAdmin(context); !status.ok()) {
+    call->Answer(status, [] {});
+    return call.get();
+  }
   begin_drain_();
   std::make_shared<DrainWatch>(rpc_, call, response)->Look();
   return call.get();
@@ -58,7 +62,7 @@ grpc::ServerUnaryReactor* AdminServiceRpc::Drain(grpc::CallbackServerContext* co
 
 grpc::ServerUnaryReactor* AdminServiceRpc::GetStats(grpc::CallbackServerContext* context,
                                                     const v1::GetStatsRequest*, v1::Stats* stats) {
-  return AnswerNow(rpc_, Method::kGetStats, context, [&] {
+  return AnswerAdmin(rpc_, Method::kGetStats, context, [&] {
     *stats = rpc_.Stats();
     return absl::OkStatus();
   });
@@ -67,7 +71,7 @@ grpc::ServerUnaryReactor* AdminServiceRpc::GetStats(grpc::CallbackServerContext*
 grpc::ServerUnaryReactor* AdminServiceRpc::VerifyLedger(grpc::CallbackServerContext* context,
                                                         const v1::VerifyLedgerRequest* request,
                                                         v1::VerifyLedgerResponse* response) {
-  return AnswerNow(rpc_, Method::kVerifyLedger, context, [&] {
+  return AnswerAdmin(rpc_, Method::kVerifyLedger, context, [&] {
     *response = rpc_.shard->VerifyLedger(request->checksums());
     return absl::OkStatus();
   });
@@ -76,16 +80,19 @@ grpc::ServerUnaryReactor* AdminServiceRpc::VerifyLedger(grpc::CallbackServerCont
 grpc::ServerUnaryReactor* AdminServiceRpc::EvictSequence(grpc::CallbackServerContext* context,
                                                          const v1::EvictSequenceRequest* request,
                                                          v1::EvictSequenceResponse*) {
-  return AnswerNow(rpc_, Method::kEvictSequence, context,
-                   [&] { return rpc_.shard->Evict(request->sequence(), request->force()); });
+  return AnswerAdmin(rpc_, Method::kEvictSequence, context, [&]() -> absl::Status {
+    CKV_ASSIGN_OR_RETURN(Shard* const shard, rpc_.ShardOf(request->tenant()));
+    return shard->Evict(request->sequence(), request->force());
+  });
 }
 
 grpc::ServerUnaryReactor* AdminServiceRpc::ForceReleaseWorker(
     grpc::CallbackServerContext* context, const v1::ForceReleaseWorkerRequest* request,
     v1::ForceReleaseWorkerResponse*) {
-  return AnswerNow(rpc_, Method::kForceReleaseWorker, context, [&]() -> absl::Status {
-    CKV_RETURN_IF_ERROR(rpc_.shard->Heartbeat(request->session_id()));  // is there such a one?
-    rpc_.shard->CloseSession(request->session_id(), /*now=*/true);
+  return AnswerAdmin(rpc_, Method::kForceReleaseWorker, context, [&]() -> absl::Status {
+    CKV_ASSIGN_OR_RETURN(Shard* const shard, rpc_.ShardOf(request->tenant()));
+    CKV_RETURN_IF_ERROR(shard->Heartbeat(request->session_id()));  // is there such a one?
+    shard->CloseSession(request->session_id(), /*now=*/true);
     return absl::OkStatus();
   });
 }

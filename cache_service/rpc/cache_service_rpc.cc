@@ -55,6 +55,14 @@ void CountFallbacks(const RpcContext& rpc, const v1::AttachRequest& request,
   }
 }
 
+int64_t BytesOf(const v1::AppendKvRequest& request) {
+  size_t bytes = 0;
+  for (const v1::AppendKvRequest::Layer& layer : request.layers()) {
+    bytes += layer.keys().size() + layer.values().size();
+  }
+  return static_cast<int64_t>(bytes);
+}
+
 // What `call` answers, moved into `response`.
 template <typename T>
 absl::Status Encode(absl::StatusOr<T> answer, T* response) {
@@ -68,9 +76,9 @@ absl::Status Encode(absl::StatusOr<T> answer, T* response) {
 grpc::ServerUnaryReactor* CacheServiceRpc::GetServerInfo(grpc::CallbackServerContext* context,
                                                          const v1::GetServerInfoRequest*,
                                                          v1::ServerInfo* info) {
-  return AnswerNow(rpc_, Method::kGetServerInfo, context, [&] {
-    const ShardOptions& options = rpc_.shard->options();
-    info->set_boot_id(rpc_.shard->boot_id());
+  return AnswerNow(rpc_, Method::kGetServerInfo, context, [&](const Caller& caller) {
+    const ShardOptions& options = caller.shard->options();
+    info->set_boot_id(caller.shard->boot_id());
     info->set_version(rpc_.version);
     info->set_device(rpc_.device);
     for (const kernels::RecordCodec* codec : kernels::RecordCodecs()) {
@@ -78,15 +86,15 @@ grpc::ServerUnaryReactor* CacheServiceRpc::GetServerInfo(grpc::CallbackServerCon
     }
     for (const char* preset : {"clusterkv", "recall", "default"}) info->add_presets(preset);
     for (const v1::Link link : {v1::LINK_PEER, v1::LINK_NCCL}) {
-      if (rpc_.shard->WhyNoLink(link, kernels::HostId()).empty()) info->add_links(link);
+      if (caller.shard->WhyNoLink(link, kernels::HostId()).empty()) info->add_links(link);
     }
     info->add_links(v1::LINK_GRPC);
     info->set_arena_bytes(static_cast<uint64_t>(options.arena_bytes));
-    info->set_page_bytes(static_cast<uint64_t>(rpc_.shard->page_bytes()));
+    info->set_page_bytes(static_cast<uint64_t>(caller.shard->page_bytes()));
     info->set_max_chunk_bytes(static_cast<uint32_t>(rpc_.max_chunk_bytes));
     info->set_max_batch_items(static_cast<uint32_t>(rpc_.max_batch_items));
     info->set_max_sequence_tokens(static_cast<uint32_t>(options.max_sequence_tokens));
-    info->set_draining(rpc_.shard->draining());
+    info->set_draining(caller.shard->draining());
     info->set_session_ttl_ms(static_cast<uint32_t>(absl::ToInt64Milliseconds(options.session_ttl)));
     return absl::OkStatus();
   });
@@ -95,59 +103,68 @@ grpc::ServerUnaryReactor* CacheServiceRpc::GetServerInfo(grpc::CallbackServerCon
 grpc::ServerUnaryReactor* CacheServiceRpc::OpenSequence(grpc::CallbackServerContext* context,
                                                         const v1::OpenSequenceRequest* request,
                                                         v1::Sequence* sequence) {
-  return AnswerNow(rpc_, Method::kOpenSequence, context,
-                   [&] { return Encode(rpc_.shard->OpenSequence(*request), sequence); });
+  return AnswerNow(rpc_, Method::kOpenSequence, context, [&](const Caller& caller) {
+    return Encode(caller.shard->OpenSequence(*request), sequence);
+  });
 }
 
-grpc::ServerReadReactor<v1::PutKvRequest>* CacheServiceRpc::PutKv(grpc::CallbackServerContext*,
-                                                                  v1::PutKvResponse* response) {
-  return PutKvStream::Start(rpc_, response);
+grpc::ServerReadReactor<v1::PutKvRequest>* CacheServiceRpc::PutKv(
+    grpc::CallbackServerContext* context, v1::PutKvResponse* response) {
+  return PutKvStream::Start(rpc_, context, response);
 }
 
 grpc::ServerUnaryReactor* CacheServiceRpc::SealSequence(grpc::CallbackServerContext* context,
                                                         const v1::SealSequenceRequest* request,
                                                         v1::Sequence* sequence) {
   const std::shared_ptr<LaterUnary> call = LaterUnary::Start(rpc_, Method::kSealSequence, context);
-  rpc_.shard->Seal(request->sequence(), call->call_context(),
-                   [call, sequence](absl::StatusOr<v1::Sequence> sealed) {
-                     call->Answer(sealed.status(), [&] { *sequence = *std::move(sealed); });
-                   });
+  const absl::StatusOr<Caller> caller = rpc_.Enter(context);
+  if (!caller.ok()) {
+    call->Answer(caller.status(), [] {});
+    return call.get();
+  }
+  caller->shard->Seal(request->sequence(), call->call_context(),
+                      [call, sequence](absl::StatusOr<v1::Sequence> sealed) {
+                        call->Answer(sealed.status(), [&] { *sequence = *std::move(sealed); });
+                      });
   return call.get();
 }
 
 grpc::ServerUnaryReactor* CacheServiceRpc::GetSequence(grpc::CallbackServerContext* context,
                                                        const v1::GetSequenceRequest* request,
                                                        v1::Sequence* sequence) {
-  return AnswerNow(rpc_, Method::kGetSequence, context,
-                   [&] { return Encode(rpc_.shard->GetSequence(request->sequence()), sequence); });
+  return AnswerNow(rpc_, Method::kGetSequence, context, [&](const Caller& caller) {
+    return Encode(caller.shard->GetSequence(request->sequence()), sequence);
+  });
 }
 
 grpc::ServerUnaryReactor* CacheServiceRpc::ListSequences(grpc::CallbackServerContext* context,
                                                          const v1::ListSequencesRequest* request,
                                                          v1::ListSequencesResponse* response) {
   return AnswerNow(rpc_, Method::kListSequences, context,
-                   [&] { return List(*rpc_.shard, *request, response); });
+                   [&](const Caller& caller) { return List(*caller.shard, *request, response); });
 }
 
 grpc::ServerUnaryReactor* CacheServiceRpc::ForkSequence(grpc::CallbackServerContext* context,
                                                         const v1::ForkSequenceRequest* request,
                                                         v1::Sequence* sequence) {
-  return AnswerNow(rpc_, Method::kForkSequence, context,
-                   [&] { return Encode(rpc_.shard->Fork(*request), sequence); });
+  return AnswerNow(rpc_, Method::kForkSequence, context, [&](const Caller& caller) {
+    return Encode(caller.shard->Fork(*request), sequence);
+  });
 }
 
 grpc::ServerUnaryReactor* CacheServiceRpc::ReleaseSequence(
     grpc::CallbackServerContext* context, const v1::ReleaseSequenceRequest* request,
     v1::ReleaseSequenceResponse*) {
-  return AnswerNow(rpc_, Method::kReleaseSequence, context,
-                   [&] { return rpc_.shard->Release(request->sequence()); });
+  return AnswerNow(rpc_, Method::kReleaseSequence, context, [&](const Caller& caller) {
+    return caller.shard->Release(request->sequence());
+  });
 }
 
 grpc::ServerUnaryReactor* CacheServiceRpc::Attach(grpc::CallbackServerContext* context,
                                                   const v1::AttachRequest* request,
                                                   v1::AttachResponse* response) {
-  return AnswerNow(rpc_, Method::kAttach, context, [&]() -> absl::Status {
-    CKV_RETURN_IF_ERROR(Encode(rpc_.shard->Attach(*request), response));
+  return AnswerNow(rpc_, Method::kAttach, context, [&](const Caller& caller) -> absl::Status {
+    CKV_RETURN_IF_ERROR(Encode(caller.shard->Attach(*request), response));
     CountFallbacks(rpc_, *request, *response);
     return absl::OkStatus();
   });
@@ -156,8 +173,8 @@ grpc::ServerUnaryReactor* CacheServiceRpc::Attach(grpc::CallbackServerContext* c
 grpc::ServerUnaryReactor* CacheServiceRpc::ConnectLink(grpc::CallbackServerContext* context,
                                                        const v1::ConnectLinkRequest* request,
                                                        v1::ConnectLinkResponse* response) {
-  return AnswerNow(rpc_, Method::kConnectLink, context, [&]() -> absl::Status {
-    CKV_RETURN_IF_ERROR(Encode(rpc_.shard->ConnectLink(*request), response));
+  return AnswerNow(rpc_, Method::kConnectLink, context, [&](const Caller& caller) -> absl::Status {
+    CKV_RETURN_IF_ERROR(Encode(caller.shard->ConnectLink(*request), response));
     if (!response->link_reason().empty()) {
       rpc_.metrics->CountLinkFallback(response->link_reason());
     }
@@ -168,16 +185,18 @@ grpc::ServerUnaryReactor* CacheServiceRpc::ConnectLink(grpc::CallbackServerConte
 grpc::ServerUnaryReactor* CacheServiceRpc::Detach(grpc::CallbackServerContext* context,
                                                   const v1::DetachRequest* request,
                                                   v1::DetachResponse*) {
-  return AnswerNow(rpc_, Method::kDetach, context,
-                   [&] { return rpc_.shard->Detach(request->attachment_id()); });
+  return AnswerNow(rpc_, Method::kDetach, context, [&](const Caller& caller) {
+    return caller.shard->Detach(request->attachment_id());
+  });
 }
 
 grpc::ServerUnaryReactor* CacheServiceRpc::AppendKv(grpc::CallbackServerContext* context,
                                                     const v1::AppendKvRequest* request,
                                                     v1::AppendKvResponse* response) {
-  return AnswerNow(rpc_, Method::kAppendKv, context, [&] {
+  return AnswerNow(rpc_, Method::kAppendKv, context, [&](const Caller& caller) -> absl::Status {
     const absl::Time start = absl::Now();
-    absl::Status status = Encode(rpc_.shard->Append(*request), response);
+    if (caller.tenant != nullptr) CKV_RETURN_IF_ERROR(caller.AdmitBytes(BytesOf(*request)));
+    absl::Status status = Encode(caller.shard->Append(*request), response);
     rpc_.metrics->RecordStage(Stage::kAppend, absl::Now() - start);
     return status;
   });

@@ -26,7 +26,7 @@ absl::Status PutKvTaker::TakeSequence(const v1::PutKvRequest& request) {
                    "sequence.name: expected in the stream's first message, got none",
                    {{"field", "sequence.name"}, {"expected", "a name"}, {"got", "none"}});
     }
-    CKV_ASSIGN_OR_RETURN(const v1::Sequence sequence, rpc_.shard->GetSequence(given));
+    CKV_ASSIGN_OR_RETURN(const v1::Sequence sequence, caller_.shard->GetSequence(given));
     sequence_ = sequence.handle();
     named_ = true;
     return absl::OkStatus();
@@ -52,6 +52,7 @@ absl::Status PutKvTaker::TakeChunk(const v1::KvChunk& chunk) {
                      " bytes (max_chunk_bytes), got " + got,
                  {{"field", "chunk"}, {"expected", expected}, {"got", got}});
   }
+  CKV_RETURN_IF_ERROR(caller_.AdmitBytes(bytes));
   KvChunkView view;
   view.layer = chunk.layer();
   view.first_token = chunk.first_token();
@@ -60,7 +61,7 @@ absl::Status PutKvTaker::TakeChunk(const v1::KvChunk& chunk) {
   view.values = chunk.values();
   view.checksum = chunk.checksum();
   const absl::Time start = absl::Now();
-  CKV_RETURN_IF_ERROR(rpc_.shard->PutChunk(sequence_, view));
+  CKV_RETURN_IF_ERROR(caller_.shard->PutChunk(sequence_, view));
   rpc_.metrics->RecordStage(Stage::kPut, absl::Now() - start);
   ++chunks_;
   bytes_ += static_cast<uint64_t>(bytes);
@@ -70,7 +71,7 @@ absl::Status PutKvTaker::TakeChunk(const v1::KvChunk& chunk) {
 absl::Status PutKvTaker::TakeStatistics(const v1::LayerStatistics& statistics) {
   CKV_RETURN_IF_ERROR(
       ParseVector(statistics.query_rms(), "statistics.query_rms", v1::INVALID_FIELD, &numbers_));
-  return rpc_.shard->PutStatistics(sequence_, statistics.layer(), numbers_);
+  return caller_.shard->PutStatistics(sequence_, statistics.layer(), numbers_);
 }
 
 absl::Status PutKvTaker::End(v1::PutKvResponse* response) {
@@ -81,20 +82,27 @@ absl::Status PutKvTaker::End(v1::PutKvResponse* response) {
   }
   response->set_chunks(chunks_);
   response->set_bytes(bytes_);
-  for (const uint32_t layer : rpc_.shard->CompleteLayers(sequence_)) {
+  for (const uint32_t layer : caller_.shard->CompleteLayers(sequence_)) {
     response->add_complete_layers(layer);
   }
   return absl::OkStatus();
 }
 
-PutKvStream* PutKvStream::Start(const RpcContext& rpc, v1::PutKvResponse* response) {
-  auto* stream = new PutKvStream(rpc, response);
+PutKvStream* PutKvStream::Start(const RpcContext& rpc, grpc::CallbackServerContext* context,
+                                v1::PutKvResponse* response) {
+  const absl::StatusOr<Caller> caller = rpc.Enter(context);
+  auto* stream = new PutKvStream(rpc, caller.ok() ? *caller : Caller(), response);
+  if (!caller.ok()) {
+    absl::MutexLock lock(&stream->mutex_);
+    stream->FinishWith(caller.status());
+    return stream;
+  }
   stream->StartRead(&stream->requests_[0]);
   return stream;
 }
 
-PutKvStream::PutKvStream(const RpcContext& rpc, v1::PutKvResponse* response)
-    : response_(response), taker_(rpc), call_(rpc, Method::kPutKv) {}
+PutKvStream::PutKvStream(const RpcContext& rpc, const Caller& caller, v1::PutKvResponse* response)
+    : response_(response), taker_(rpc, caller), call_(rpc, Method::kPutKv) {}
 
 void PutKvStream::OnReadDone(bool ok) {
   int current = 0;

@@ -21,9 +21,9 @@ namespace clusterkv::cache_service {
 // Takes one PutKv message after the other. Knows no gRPC. Not thread-safe.
 class PutKvTaker {
  public:
-  explicit PutKvTaker(const RpcContext& rpc) : rpc_(rpc) {}
+  PutKvTaker(const RpcContext& rpc, const Caller& caller) : rpc_(rpc), caller_(caller) {}
   // Errors: INVALID_FIELD (no sequence in the first message, another one later), CHUNK_TOO_LARGE,
-  // and what the shard says of chunk and statistics. What was taken before stays.
+  // RATE_LIMITED, and what the shard says of chunk and statistics. What was taken before stays.
   absl::Status Take(const v1::PutKvRequest& request);
   // The stream is over. Errors: STREAM_TRUNCATED when no message came.
   absl::Status End(v1::PutKvResponse* response);
@@ -34,6 +34,7 @@ class PutKvTaker {
   absl::Status TakeStatistics(const v1::LayerStatistics& statistics);
 
   const RpcContext& rpc_;
+  const Caller caller_;
   bool named_ = false;
   v1::SequenceHandle sequence_;  // with generation and boot id
   uint64_t chunks_ = 0, bytes_ = 0;
@@ -43,10 +44,11 @@ class PutKvTaker {
 class PutKvStream final : public grpc::ServerReadReactor<v1::PutKvRequest> {
  public:
   // Owns itself until the library is done with it.
-  static PutKvStream* Start(const RpcContext& rpc, v1::PutKvResponse* response);
+  static PutKvStream* Start(const RpcContext& rpc, grpc::CallbackServerContext* context,
+                            v1::PutKvResponse* response);
 
  private:
-  PutKvStream(const RpcContext& rpc, v1::PutKvResponse* response);
+  PutKvStream(const RpcContext& rpc, const Caller& caller, v1::PutKvResponse* response);
   void OnReadDone(bool ok) override;
   void OnCancel() override { cancelled_.store(true, std::memory_order_relaxed); }
   void OnDone() override { delete this; }

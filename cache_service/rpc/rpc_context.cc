@@ -1,11 +1,15 @@
 #include "cache_service/rpc/rpc_context.h"
 
+#include <grpc/grpc_security_constants.h>
+#include <grpcpp/security/auth_context.h>
+
 #include <chrono>
 #include <vector>
 
 #include "absl/time/clock.h"
 #include "cache_service/telemetry/log.h"
 #include "kernels/base/check.h"
+#include "kernels/base/status_macros.h"
 #include "proto/grpc_status.h"
 
 namespace clusterkv::cache_service {
@@ -43,9 +47,72 @@ bool StreamRegistry::AwaitNone(absl::Duration limit) {
   return mutex_.AwaitWithTimeout(absl::Condition(&none), limit);
 }
 
+namespace {
+
+// Of the certificate that the client showed: its URIs, or where it has none its common name.
+std::vector<std::string> IdentitiesOf(grpc::CallbackServerContext* context) {
+  const std::shared_ptr<const grpc::AuthContext> peer = context->auth_context();
+  if (peer == nullptr || !peer->IsPeerAuthenticated()) return {};
+  for (const char* property : {GRPC_PEER_URI_PROPERTY_NAME, GRPC_X509_CN_PROPERTY_NAME}) {
+    std::vector<std::string> identities;
+    for (const grpc::string_ref& value : peer->FindPropertyValues(property)) {
+      identities.emplace_back(value.data(), value.size());
+    }
+    if (!identities.empty()) return identities;
+  }
+  return {""};  // a certificate without a name
+}
+
+absl::Status IdentityRefused(const std::vector<std::string>& identities, const char* expected) {
+  const std::string got = identities.empty() ? "no certificate" : identities.front();
+  return Error(v1::IDENTITY_REFUSED,
+               std::string("identity: expected ") + expected + ", got \"" + got + "\"",
+               {{"field", "identity"}, {"expected", expected}, {"got", got}});
+}
+
+}  // namespace
+
+absl::StatusOr<Caller> RpcContext::CallerOf(grpc::CallbackServerContext* context) const {
+  if (tenants == nullptr) return Caller{shard, nullptr};
+  const std::vector<std::string> identities = IdentitiesOf(context);
+  Tenant* const tenant =
+      identities.empty() ? &tenants->default_tenant() : tenants->OfIdentities(identities);
+  if (tenant == nullptr) return IdentityRefused(identities, "a tenant's");
+  return Caller{&tenant->shard(), tenant};
+}
+
+absl::StatusOr<Caller> RpcContext::Enter(grpc::CallbackServerContext* context) const {
+  absl::StatusOr<Caller> caller = CallerOf(context);
+  if (!caller.ok()) return caller;
+  CKV_RETURN_IF_ERROR(caller->AdmitCall());
+  return caller;
+}
+
+absl::Status RpcContext::CheckAdmin(grpc::CallbackServerContext* context) const {
+  if (admin_identities.empty()) return absl::OkStatus();
+  const std::vector<std::string> identities = IdentitiesOf(context);
+  for (const std::string& pattern : admin_identities) {
+    for (const std::string& identity : identities) {
+      if (IdentityMatches(pattern, identity)) return absl::OkStatus();
+    }
+  }
+  return IdentityRefused(identities, "one of admin_identities");
+}
+
+absl::StatusOr<Shard*> RpcContext::ShardOf(const std::string& tenant) const {
+  if (tenants == nullptr && tenant.empty()) return shard;
+  Tenant* const found = tenants == nullptr
+                            ? nullptr
+                            : tenants->OfName(tenant.empty() ? kDefaultTenant : tenant.c_str());
+  if (found != nullptr) return &found->shard();
+  return Error(v1::INVALID_FIELD, "tenant: expected one that is configured, got \"" + tenant + "\"",
+               {{"field", "tenant"}, {"expected", "one that is configured"}, {"got", tenant}});
+}
+
 v1::Stats RpcContext::Stats() const {
   v1::Stats stats = shard->GetStats();
   metrics->AddTo(&stats);
+  if (tenants != nullptr) tenants->AddTo(&stats);
   return stats;
 }
 

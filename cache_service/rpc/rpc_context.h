@@ -15,13 +15,17 @@
 #include <memory>
 #include <string>
 #include <utility>
+#include <vector>
 
 #include "absl/base/thread_annotations.h"
 #include "absl/status/status.h"
+#include "absl/status/statusor.h"
 #include "absl/synchronization/mutex.h"
+#include "absl/time/clock.h"
 #include "absl/time/time.h"
 #include "cache_service/shard.h"
 #include "cache_service/telemetry/server_metrics.h"
+#include "cache_service/tenants.h"
 
 namespace clusterkv::cache_service {
 
@@ -50,8 +54,24 @@ class StreamRegistry {
   absl::Status ended_ ABSL_GUARDED_BY(mutex_);
 };
 
+// Whose call it is, and the shard as that one sees it.
+struct Caller {
+  Shard* shard = nullptr;
+  Tenant* tenant = nullptr;  // null: the server knows no tenants
+
+  // Errors: RATE_LIMITED.
+  absl::Status AdmitCall() const {
+    return tenant == nullptr ? absl::OkStatus() : tenant->AdmitCall(absl::Now());
+  }
+  absl::Status AdmitBytes(int64_t bytes) const {
+    return tenant == nullptr ? absl::OkStatus() : tenant->AdmitBytes(bytes, absl::Now());
+  }
+};
+
 struct RpcContext {
   Shard* shard = nullptr;
+  Tenants* tenants = nullptr;                 // null: everybody is one and the same
+  std::vector<std::string> admin_identities;  // empty: all may call the admin service
   ServerMetrics* metrics = nullptr;
   std::string version;
   std::string device = "cpu";
@@ -60,6 +80,16 @@ struct RpcContext {
   absl::Duration default_deadline = absl::Seconds(30);
   absl::Duration drain_timeout = absl::Seconds(30);
   StreamRegistry streams;
+
+  // By the certificate of the connection. Errors: IDENTITY_REFUSED when it is no tenant's.
+  absl::StatusOr<Caller> CallerOf(grpc::CallbackServerContext* context) const;
+  // CallerOf, counted as a call of the tenant's. Errors: RATE_LIMITED as well.
+  absl::StatusOr<Caller> Enter(grpc::CallbackServerContext* context) const;
+  // Errors: IDENTITY_REFUSED.
+  absl::Status CheckAdmin(grpc::CallbackServerContext* context) const;
+  // The view of a tenant by its name, for administration; empty: the default tenant's.
+  // Errors: INVALID_FIELD when there is no such tenant.
+  absl::StatusOr<Shard*> ShardOf(const std::string& tenant) const;
 
   // The shard's figures and what the server counts itself.
   v1::Stats Stats() const;
@@ -91,14 +121,27 @@ CallContext MakeCallContext(const RpcContext& rpc, grpc::CallbackServerContext* 
 // The client's deadline, or default_deadline from now.
 absl::Time DeadlineOf(const RpcContext& rpc, grpc::CallbackServerContext* context);
 
-// A unary call that is answered at once: `answer` validates, calls and encodes; it returns
-// absl::Status.
+// A unary call that is answered at once: `answer` takes the Caller, validates, calls and encodes;
+// it returns absl::Status.
 template <typename F>
 grpc::ServerUnaryReactor* AnswerNow(const RpcContext& rpc, Method method,
                                     grpc::CallbackServerContext* context, F&& answer) {
   RpcCall call(rpc, method);
   grpc::ServerUnaryReactor* reactor = context->DefaultReactor();
-  reactor->Finish(call.End(answer()));
+  const absl::StatusOr<Caller> caller = rpc.Enter(context);
+  reactor->Finish(call.End(caller.ok() ? answer(*caller) : caller.status()));
+  return reactor;
+}
+
+// The same for the admin service: `answer` takes nothing.
+template <typename F>
+grpc::ServerUnaryReactor* AnswerAdmin(const RpcContext& rpc, Method method,
+                                      grpc::CallbackServerContext* context, F&& answer) {
+  RpcCall call(rpc, method);
+  grpc::ServerUnaryReactor* reactor = context->DefaultReactor();
+  absl::Status status = rpc.CheckAdmin(context);
+  if (status.ok()) status = answer();
+  reactor->Finish(call.End(status));
   return reactor;
 }
 

@@ -4,6 +4,7 @@
 #include <utility>
 
 #include "absl/time/clock.h"
+#include "cache_service/errors.h"
 #include "cache_service/rpc/cache_service_rpc.h"
 #include "cache_service/rpc/select_messages.h"
 #include "cache_service/rpc/streams.h"
@@ -12,6 +13,14 @@
 namespace clusterkv::cache_service {
 namespace {
 
+// A message that its tenant may not send yet is answered item by item: the stream goes on.
+void AdmitParsed(const Caller& caller, ParsedSelect* parsed) {
+  const absl::Status status = caller.AdmitCall();
+  if (status.ok()) return;
+  for (absl::Status& item : parsed->statuses) item = CopyOf(status);
+  parsed->calls.clear();
+}
+
 // One request of StreamSelect and its answer.
 class SelectExchange {
  public:
@@ -19,21 +28,22 @@ class SelectExchange {
   using Response = v1::SelectClustersResponse;
   Request request;
 
-  absl::Status Begin(const RpcContext& rpc, CallContext context, bool inline_ok,
-                     std::function<void()> ready) {
+  absl::Status Begin(const RpcContext& rpc, const Caller& caller, CallContext context,
+                     bool inline_ok, std::function<void()> ready) {
     rpc_ = &rpc;
     if (absl::Status status = ParseSelect(rpc, request, &parsed_); !status.ok()) return status;
+    AdmitParsed(caller, &parsed_);
     if (parsed_.calls.empty()) {
       ready();
       return absl::OkStatus();
     }
     const bool single = parsed_.calls.size() == 1;
     std::vector<SelectCall> calls = std::move(parsed_.calls);
-    rpc.shard->Select(std::move(calls), context, inline_ok && single,
-                      [this, ready = std::move(ready)](SelectBatchAnswer answer) {
-                        answer_ = std::move(answer);
-                        ready();
-                      });
+    caller.shard->Select(std::move(calls), context, inline_ok && single,
+                         [this, ready = std::move(ready)](SelectBatchAnswer answer) {
+                           answer_ = std::move(answer);
+                           ready();
+                         });
     return absl::OkStatus();
   }
 
@@ -60,23 +70,24 @@ class RecallExchange {
   using Response = v1::SelectAndRecallResponse;
   Request request;
 
-  absl::Status Begin(const RpcContext& rpc, CallContext context, bool inline_ok,
-                     std::function<void()> ready) {
+  absl::Status Begin(const RpcContext& rpc, const Caller& caller, CallContext context,
+                     bool inline_ok, std::function<void()> ready) {
     rpc_ = &rpc;
     if (absl::Status status = ParseSelectAndRecall(rpc, request, &parsed_); !status.ok()) {
       return status;
     }
+    AdmitParsed(caller, &parsed_);
     if (parsed_.calls.empty()) {
       ready();
       return absl::OkStatus();
     }
     const bool single = parsed_.calls.size() == 1;
     std::vector<SelectCall> calls = std::move(parsed_.calls);
-    rpc.shard->Select(std::move(calls), context, inline_ok && single,
-                      [this, ready = std::move(ready)](SelectBatchAnswer answer) {
-                        answer_ = std::move(answer);
-                        ready();
-                      });
+    caller.shard->Select(std::move(calls), context, inline_ok && single,
+                         [this, ready = std::move(ready)](SelectBatchAnswer answer) {
+                           answer_ = std::move(answer);
+                           ready();
+                         });
     return absl::OkStatus();
   }
 
@@ -149,8 +160,8 @@ struct UnarySelect {
 // The steady zone of layer after layer, each cut into messages.
 class SteadyZoneSource {
  public:
-  SteadyZoneSource(const RpcContext& rpc, const v1::RecallClustersRequest& request)
-      : rpc_(rpc), sequence_(request.sequence()) {
+  SteadyZoneSource(const RpcContext& rpc, Shard& shard, const v1::RecallClustersRequest& request)
+      : rpc_(rpc), shard_(shard), sequence_(request.sequence()) {
     layers_.assign(request.layers().begin(), request.layers().end());
     if (layers_.empty()) layers_.push_back(request.layer());
   }
@@ -159,8 +170,7 @@ class SteadyZoneSource {
     const absl::Time start = absl::Now();
     while (head_ == zone_.heads.size()) {
       if (layer_ == layers_.size()) return false;
-      absl::StatusOr<Shard::SteadyZone> zone =
-          rpc_.shard->GetSteadyZone(sequence_, layers_[layer_]);
+      absl::StatusOr<Shard::SteadyZone> zone = shard_.GetSteadyZone(sequence_, layers_[layer_]);
       if (!zone.ok()) return zone.status();
       ++layer_;
       zone_ = *std::move(zone);
@@ -193,6 +203,7 @@ class SteadyZoneSource {
   }
 
   const RpcContext& rpc_;
+  Shard& shard_;
   const v1::SequenceHandle sequence_;
   std::vector<uint32_t> layers_;
   size_t layer_ = 0;  // next one to fetch
@@ -232,6 +243,11 @@ grpc::ServerUnaryReactor* CacheServiceRpc::SelectClusters(grpc::CallbackServerCo
                                                           v1::SelectClustersResponse* response) {
   auto select = std::make_shared<UnarySelect>(rpc_, context);
   grpc::ServerUnaryReactor* const reactor = select->reactor;
+  const absl::StatusOr<Caller> caller = rpc_.Enter(context);
+  if (!caller.ok()) {
+    select->Finish(caller.status());
+    return reactor;
+  }
   if (absl::Status status = ParseSelect(rpc_, *request, &select->parsed); !status.ok()) {
     select->Finish(status);
     return reactor;
@@ -242,10 +258,10 @@ grpc::ServerUnaryReactor* CacheServiceRpc::SelectClusters(grpc::CallbackServerCo
     return reactor;
   }
   const bool single = calls.size() == 1;
-  rpc_.shard->Select(std::move(calls), MakeCallContext(rpc_, context), single,
-                     [select, request, response](SelectBatchAnswer answer) {
-                       select->Answer(answer, *request, response);
-                     });
+  caller->shard->Select(std::move(calls), MakeCallContext(rpc_, context), single,
+                        [select, request, response](SelectBatchAnswer answer) {
+                          select->Answer(answer, *request, response);
+                        });
   return reactor;
 }
 
@@ -265,10 +281,15 @@ grpc::ServerWriteReactor<v1::SelectAndRecallResponse>* CacheServiceRpc::SelectAn
   using Exchange = RecallExchange<Method::kSelectAndRecall>;
   const auto stream =
       WriteStream<v1::SelectAndRecallResponse>::Start(rpc_, Method::kSelectAndRecall, context);
+  const absl::StatusOr<Caller> caller = rpc_.CallerOf(context);
+  if (!caller.ok()) {
+    stream->Fail(caller.status());
+    return stream.get();
+  }
   auto exchange = std::make_shared<Exchange>();
   exchange->request = *request;
   const absl::Status begun =
-      exchange->Begin(rpc_, stream->call_context(), true, [stream, exchange] {
+      exchange->Begin(rpc_, *caller, stream->call_context(), true, [stream, exchange] {
         stream->Run([exchange, last = false](
                         v1::SelectAndRecallResponse* message) mutable -> absl::StatusOr<bool> {
           if (last) return false;
@@ -283,12 +304,17 @@ grpc::ServerWriteReactor<v1::SelectAndRecallResponse>* CacheServiceRpc::SelectAn
 grpc::ServerWriteReactor<v1::RecordChunk>* CacheServiceRpc::RecallClusters(
     grpc::CallbackServerContext* context, const v1::RecallClustersRequest* request) {
   const auto stream = WriteStream<v1::RecordChunk>::Start(rpc_, Method::kRecallClusters, context);
+  const absl::StatusOr<Caller> caller = rpc_.Enter(context);
+  if (!caller.ok()) {
+    stream->Fail(caller.status());
+    return stream.get();
+  }
   if (request->steady_zone()) {
-    auto source = std::make_shared<SteadyZoneSource>(rpc_, *request);
+    auto source = std::make_shared<SteadyZoneSource>(rpc_, *caller->shard, *request);
     stream->Run([source](v1::RecordChunk* chunk) { return source->Next(chunk); });
     return stream.get();
   }
-  absl::StatusOr<Shard::RecallAnswer> answer = rpc_.shard->Recall(*request);
+  absl::StatusOr<Shard::RecallAnswer> answer = caller->shard->Recall(*request);
   if (!answer.ok()) {
     stream->Fail(answer.status());
     return stream.get();
@@ -301,7 +327,12 @@ grpc::ServerWriteReactor<v1::RecordChunk>* CacheServiceRpc::RecallClusters(
 grpc::ServerWriteReactor<v1::IndexChunk>* CacheServiceRpc::GetIndex(
     grpc::CallbackServerContext* context, const v1::GetIndexRequest* request) {
   const auto stream = WriteStream<v1::IndexChunk>::Start(rpc_, Method::kGetIndex, context);
-  absl::StatusOr<std::vector<v1::IndexChunk>> index = rpc_.shard->GetIndex(*request);
+  const absl::StatusOr<Caller> caller = rpc_.Enter(context);
+  if (!caller.ok()) {
+    stream->Fail(caller.status());
+    return stream.get();
+  }
+  absl::StatusOr<std::vector<v1::IndexChunk>> index = caller->shard->GetIndex(*request);
   if (!index.ok()) {
     stream->Fail(index.status());
     return stream.get();

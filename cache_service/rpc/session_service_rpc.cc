@@ -16,10 +16,16 @@ class SessionStream final : public grpc::ServerBidiReactor<v1::SessionRequest, v
                             public OpenStream,
                             public std::enable_shared_from_this<SessionStream> {
  public:
-  static SessionStream* Start(RpcContext& rpc) {
-    auto stream = std::shared_ptr<SessionStream>(new SessionStream(rpc));
+  static SessionStream* Start(RpcContext& rpc, grpc::CallbackServerContext* context) {
+    const absl::StatusOr<Caller> caller = rpc.Enter(context);
+    auto stream = std::shared_ptr<SessionStream>(
+        new SessionStream(rpc, caller.ok() ? *caller->shard : *rpc.shard));
     stream->self_ = stream;
     rpc.streams.Add(stream);
+    if (!caller.ok()) {
+      stream->EndStream(caller.status());
+      return stream.get();
+    }
     stream->StartRead(&stream->request_);
     return stream.get();
   }
@@ -33,7 +39,8 @@ class SessionStream final : public grpc::ServerBidiReactor<v1::SessionRequest, v
   // Notices that a worker has not read yet; a worker that far behind is as good as dead.
   static constexpr size_t kMaxQueued = 1024;
 
-  explicit SessionStream(RpcContext& rpc) : rpc_(rpc), call_(rpc, Method::kSession) {}
+  SessionStream(RpcContext& rpc, Shard& shard)
+      : rpc_(rpc), shard_(shard), call_(rpc, Method::kSession) {}
 
   void OnReadDone(bool ok) override {
     if (!ok) {
@@ -74,15 +81,15 @@ class SessionStream final : public grpc::ServerBidiReactor<v1::SessionRequest, v
     };
     bool resumed = false;
     const absl::StatusOr<uint64_t> id =
-        rpc_.shard->OpenSession(hello.worker(), hello.session_id(), std::move(events), &resumed);
+        shard_.OpenSession(hello.worker(), hello.session_id(), std::move(events), &resumed);
     if (!id.ok()) return id.status();
     session_id_ = *id;
     v1::SessionResponse response;
     v1::SessionResponse::Welcome* welcome = response.mutable_welcome();
     welcome->set_session_id(*id);
-    welcome->set_boot_id(rpc_.shard->boot_id());
+    welcome->set_boot_id(shard_.boot_id());
     welcome->set_ttl_ms(
-        static_cast<uint32_t>(absl::ToInt64Milliseconds(rpc_.shard->options().session_ttl)));
+        static_cast<uint32_t>(absl::ToInt64Milliseconds(shard_.options().session_ttl)));
     welcome->set_resumed(resumed);
     absl::MutexLock lock(&mutex_);
     queue_.push_front(std::move(response));  // before notices that came meanwhile
@@ -93,7 +100,7 @@ class SessionStream final : public grpc::ServerBidiReactor<v1::SessionRequest, v
 
   absl::Status TakeHeartbeat() {
     if (session_id_ == 0) return WrongKind("hello first", "heartbeat");
-    if (absl::Status status = rpc_.shard->Heartbeat(session_id_); !status.ok()) return status;
+    if (absl::Status status = shard_.Heartbeat(session_id_); !status.ok()) return status;
     absl::MutexLock lock(&mutex_);
     if (ack_queued_) return absl::OkStatus();  // one is enough for a worker that reads late
     ack_queued_ = true;
@@ -167,11 +174,12 @@ class SessionStream final : public grpc::ServerBidiReactor<v1::SessionRequest, v
       at_once = status_.ok() && !cancelled_.load(std::memory_order_relaxed);
       if (expired_) session_id_ = 0;
     }
-    if (session_id_ != 0) rpc_.shard->CloseSession(session_id_, at_once);
+    if (session_id_ != 0) shard_.CloseSession(session_id_, at_once);
     self_.reset();
   }
 
   RpcContext& rpc_;
+  Shard& shard_;  // as the worker's tenant sees it
   RpcCall call_;
   std::atomic<bool> cancelled_{false};
   std::shared_ptr<SessionStream> self_;  // until OnDone
@@ -193,8 +201,8 @@ class SessionStream final : public grpc::ServerBidiReactor<v1::SessionRequest, v
 }  // namespace
 
 grpc::ServerBidiReactor<v1::SessionRequest, v1::SessionResponse>* SessionServiceRpc::Session(
-    grpc::CallbackServerContext*) {
-  return SessionStream::Start(rpc_);
+    grpc::CallbackServerContext* context) {
+  return SessionStream::Start(rpc_, context);
 }
 
 }  // namespace clusterkv::cache_service

@@ -145,8 +145,8 @@ class WriteStream : public grpc::ServerWriteReactor<Response>,
 //   an
 //   // error is returned: that is about the whole request and ends the stream, after the answers to
 //   // earlier ones.
-//   absl::Status Begin(const RpcContext&, CallContext, bool inline_ok, std::function<void()>
-//   ready);
+//   absl::Status Begin(const RpcContext&, const Caller&, CallContext, bool inline_ok,
+//                      std::function<void()> ready);
 //   // Fills the next message of the answer; true: it is the last one.
 //   bool Next(Response*);
 //   void Clear();  // for the next request
@@ -166,7 +166,13 @@ class ExchangeStream
     auto stream = std::shared_ptr<ExchangeStream>(new ExchangeStream(rpc, method, context));
     stream->self_ = stream;
     rpc.streams.Add(stream);
+    absl::StatusOr<Caller> caller = rpc.CallerOf(context);
     absl::MutexLock lock(&stream->mutex_);
+    if (!caller.ok()) {
+      stream->EndWith(caller.status());
+      return stream.get();
+    }
+    stream->caller_ = *caller;
     stream->ReadNext();
     return stream.get();
   }
@@ -225,7 +231,7 @@ class ExchangeStream
       alone = in_flight_.size() == 1;
     }
     const absl::Status begun =
-        slot->exchange.Begin(rpc_, ExchangeContext(), alone,
+        slot->exchange.Begin(rpc_, caller_, ExchangeContext(), alone,
                              [self = this->shared_from_this(), slot] { self->OnReady(slot); });
     // From here on `slot` may serve another request: its answer may have left.
     absl::MutexLock lock(&mutex_);
@@ -303,6 +309,7 @@ class ExchangeStream
 
   PollSpinScope spin_;  // the next request may come at any moment
   RpcContext& rpc_;
+  Caller caller_;  // before the first read
   RpcCall call_;
   grpc::CallbackServerContext* const context_;  // until OnDone
   const std::shared_ptr<std::atomic<bool>> cancelled_;

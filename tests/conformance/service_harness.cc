@@ -47,6 +47,8 @@ const char* TransportName(Transport transport) {
       return "InProcess";
     case Transport::kTcp:
       return "Tcp";
+    case Transport::kTenant:
+      return "Tenant";
     case Transport::kUnix:
       break;
   }
@@ -146,6 +148,11 @@ ServiceHarness::ServiceHarness(Transport transport, const std::function<void(Con
     message.set_admin_listen("unix:" + unix_path_ + ".admin");
   }
   config_ = ResolveConfig(message).value();
+  if (transport == Transport::kTenant) {
+    config_.tenants.resize(2);
+    config_.tenants[0].name = "other";
+    config_.tenants[1].name = kDefaultTenant;
+  }
   if (change) change(&config_);
   ConfigureLog(config_.log_level, config_.log_format);
   server_ = Server::Start(config_).value();
@@ -159,7 +166,7 @@ void ServiceHarness::Restart() {
 }
 
 void ServiceHarness::Connect() {
-  if (transport_ == Transport::kInProcess) {
+  if (transport_ == Transport::kInProcess || transport_ == Transport::kTenant) {
     channel_ = server_->InProcessChannel();
     admin_channel_ = server_->InProcessAdminChannel();
   } else {

@@ -21,7 +21,8 @@
 
 namespace clusterkv::cache_service::testing {
 
-enum class Transport { kInProcess, kTcp, kUnix };
+// kTenant: in process, on a server with tenants, as its default tenant: nothing may differ.
+enum class Transport { kInProcess, kTcp, kUnix, kTenant };
 const char* TransportName(Transport transport);
 
 // A small sequence whose every number follows from (seed, layer, token, head, channel).

@@ -51,7 +51,7 @@ void RunOne(const uint8_t* bytes, size_t size) {
   static int runs = 0;
   const v1::SequenceHandle handle = fuzz.Open("fuzz");
   FuzzedDataProvider data(bytes, size);
-  PutKvTaker taker(fuzz.rpc());
+  PutKvTaker taker(fuzz.rpc(), {fuzz.rpc().shard, nullptr});
   absl::Status status;
   while (status.ok() && data.remaining_bytes() > 0) {
     v1::PutKvRequest request;

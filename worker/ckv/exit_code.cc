@@ -30,6 +30,12 @@ const char* HintOf(v1::ErrorReason reason) {
              "the arena)";
     case v1::LIMIT_EXCEEDED:
       return "the message names the limit: raise it in the server's configuration or ask for less";
+    case v1::IDENTITY_REFUSED:
+      return "show another certificate, or have its identity added to the server's tenants";
+    case v1::TENANT_QUOTA:
+      return "release sequences, or have the tenant's arena_bytes raised";
+    case v1::RATE_LIMITED:
+      return "wait as long as the message says, or have the tenant's rates raised";
     case v1::DRAINING:
       return "the server is going away: use another one, or wait for its successor";
     case v1::QUEUE_DEADLINE:

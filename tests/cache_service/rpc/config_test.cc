@@ -26,7 +26,8 @@ TEST(ConfigTest, EveryFieldOfTheMessageHasItsRowInOrder) {
   for (int i = 0; i < descriptor->field_count(); ++i) {
     EXPECT_EQ(std::string(descriptor->field(i)->name()),
               ConfigFields()[static_cast<size_t>(i)].name);
-    EXPECT_THAT(ConfigHelp(), HasSubstr("--" + std::string(descriptor->field(i)->name())));
+    const char* dashes = descriptor->field(i)->is_repeated() ? "  " : "--";
+    EXPECT_THAT(ConfigHelp(), HasSubstr(dashes + std::string(descriptor->field(i)->name())));
   }
 }
 
@@ -148,6 +149,43 @@ TEST(ConfigTest, AWrongValueIsRefusedWithItsPlaceAndField) {
 TEST(ConfigTest, HelpVersionAndCheckAreTaken) {
   const CommandLine line = ParseCommandLine({"--help", "--version", "--check_config"}).value();
   EXPECT_TRUE(line.help && line.version && line.check_config);
+}
+
+TEST(ConfigTest, TenantsComeFromTheFile) {
+  const auto resolve = [](const std::string& text) {
+    v1::ServerConfig message;
+    ConfigPlaces places;
+    EXPECT_TRUE(ParseConfigText(text, "server.conf", &message, &places).ok()) << text;
+    return ResolveConfig(message, places);
+  };
+  const Config config =
+      resolve(R"(tenants { name: "a" identities: "spiffe://x/a/*" arena_bytes: "64MiB"
+                           calls_per_second: 10 ingest_bytes_per_second: "1MiB" weight: 3 }
+                 tenants { name: "b" })")
+          .value();
+  ASSERT_EQ(config.tenants.size(), 2u);
+  EXPECT_EQ(config.tenants[0].arena_bytes, 64 << 20);
+  EXPECT_EQ(config.tenants[0].ingest_bytes_per_second, 1 << 20);
+  EXPECT_EQ(config.tenants[0].weight, 3);
+  EXPECT_EQ(config.tenants[1].arena_bytes, 0);
+  EXPECT_EQ(config.tenants[1].weight, 1);
+  const std::string tls = R"(tls_certificate_file: "c" tls_key_file: "k" tls_client_ca_file: "a" )";
+  const struct {
+    std::string text, message;
+  } bad[] = {
+      {R"(tenants { name: "A" })", "tenants: expected a name"},
+      {R"(tenants { name: "a" } tenants { name: "a" })", "each name once"},
+      {R"(tenants { name: "a" identities: "i" } tenants { name: "b" identities: "i" })",
+       "each identity once"},
+      {R"(tenants { name: "a" arena_bytes: "much" })", "bytes, such as"},
+      {tls + R"(tenants { name: "a" })", "admin_identities"},
+      {R"(admin_identities: "me")", "tls_client_ca_file"},
+  };
+  for (const auto& one : bad) {
+    EXPECT_THAT(MessageOf(resolve(one.text).status()), HasSubstr(one.message)) << one.text;
+  }
+  EXPECT_TRUE(resolve(tls + R"(tenants { name: "a" } admin_identities: "me,you")").ok());
+  EXPECT_THAT(MessageOf(FromFlags({"--tenants=a"}).status()), HasSubstr("tenants"));
 }
 
 TEST(ConfigTest, TlsIsWholeOrAbsent) {
