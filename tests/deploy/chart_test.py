@@ -21,7 +21,7 @@ import unittest
 SKIPPED = 77
 ROOT = pathlib.Path(__file__).resolve().parents[2]
 CHART = ROOT / "deploy/helm/clusterkv"
-CI_VALUES = ("default", "minimal", "gpu", "rdma")
+CI_VALUES = ("default", "minimal", "gpu", "rdma", "mtls")
 KUBE_VERSION = "1.34.2"
 HELM = os.environ.get("HELM") or shutil.which("helm")
 SERVER = None
@@ -238,13 +238,92 @@ class ValidateTest(unittest.TestCase):
                             networkPolicy__enabled=True)
 
 
+    def test_tls_has_one_source_and_a_client_to_test_with(self):
+        self.assert_refused("needs either", tls__mode="tls")
+        self.assert_refused("needs either", tls__mode="tls", tls__existingSecret="a",
+                            tls__certManager__enabled=True)
+        self.assert_refused("do nothing", tls__existingSecret="a")
+        self.assert_refused("issuerRef.name", tls__mode="tls", tls__certManager__enabled=True)
+        self.assert_refused("clientSecret", tls__mode="mutual", tls__existingSecret="a")
+        Rendered(tls__mode="tls", tls__existingSecret="a")
+
+    def test_tenants_need_certificates_and_somebody_who_administers(self):
+        tenants = [{"name": "red", "identities": ["red"]}]
+        self.assert_refused("tls.mode=mutual", tenants=tenants)
+        self.assert_refused("operatorIdentity", tenants=tenants, tls__mode="mutual",
+                            tls__existingSecret="a", tls__clientSecret="b")
+        self.assert_refused("only where there are tenants", adminIdentities=["me"])
+        for wrong in ({"name": "Red", "identities": ["a"]}, {"name": "red", "identities": []},
+                      {"name": "operator", "identities": ["a"]}, {"name": "red"},
+                      {"name": "red", "identities": ["a"], "noSuchKey": 1}):
+            self.assert_refused("tenants", tenants=[wrong])
+
+
+class TlsTest(unittest.TestCase):
+    def secrets(self, pod):
+        return {volume["secret"]["secretName"]: volume["secret"].get("items")
+                for volume in pod["volumes"] if "secret" in volume}
+
+    def test_without_tls_there_is_none_of_it(self):
+        rendered = Rendered()
+        self.assertEqual(self.secrets(rendered.pod()), {})
+        self.assertNotIn("volumes", rendered.get("Pod", "-selftest")["spec"])
+        self.assertNotIn("Certificate", rendered.kinds())
+        self.assertIn("WARNING: the data port speaks plain text", rendered.notes)
+
+    def test_existing_secrets_are_mounted(self):
+        rendered = Rendered(ci="mtls")
+        self.assertEqual(self.secrets(rendered.pod()), {"clusterkv-shards": None})
+        test = rendered.get("Pod", "-selftest")["spec"]
+        self.assertEqual(self.secrets(test), {"clusterkv-operator": None})
+        for container in test["containers"]:
+            self.assertIn("--tls_key=/etc/clusterkv-tls/tls.key", container["args"])
+
+    def test_the_test_of_a_server_that_asks_for_nothing_gets_the_authority_alone(self):
+        test = Rendered(tls__mode="tls", tls__existingSecret="shards").get("Pod", "-selftest")
+        self.assertEqual(self.secrets(test["spec"]),
+                         {"shards": [{"key": "ca.crt", "path": "ca.crt"}]})
+        for container in test["spec"]["containers"]:
+            self.assertIn("--tls_ca=/etc/clusterkv-tls/ca.crt", container["args"])
+            self.assertNotIn("--tls_key=/etc/clusterkv-tls/tls.key", container["args"])
+
+    def test_cert_manager_makes_a_certificate_for_every_address(self):
+        rendered = Rendered(tls__mode="mutual", tls__certManager__enabled=True,
+                            tls__certManager__issuerRef__name="ca",
+                            tenants=[{"name": "red", "identities": ["red"]}])
+        shards = rendered.get("Certificate")["spec"]
+        domain = "kv.svc.cluster.local"
+        for address in (f"test-clusterkv.{domain}", f"test-clusterkv-headless.{domain}",
+                        f"*.test-clusterkv-peers.{domain}", "localhost"):
+            self.assertIn(address, shards["dnsNames"])
+        self.assertEqual(shards["issuerRef"]["name"], "ca")
+        operator = rendered.get("Certificate", "-operator")["spec"]
+        self.assertIn(f'admin_identities: "{operator["commonName"]}"', rendered.server_conf())
+        self.assertEqual(self.secrets(rendered.pod()), {shards["secretName"]: None})
+        self.assertEqual(self.secrets(rendered.get("Pod", "-selftest")["spec"]),
+                         {operator["secretName"]: None})
+
+    def test_notes_show_the_certificates(self):
+        notes = Rendered(ci="mtls").notes
+        self.assertIn("get secret clusterkv-operator", notes)
+        self.assertIn("--cert tls.crt --key tls.key --call clusterkv.v1.CacheService", notes)
+        self.assertIn("--tls_ca=ca.crt --tls_cert=tls.crt --tls_key=tls.key", notes)
+        self.assertNotIn("WARNING", notes)
+
+
 class ServerConfigTest(unittest.TestCase):
     def test_every_field_of_the_configuration_is_set(self):
-        fields = set(re.findall(r"^  \w+ (\w+) =\s*\d+;", source("proto/clusterkv/v1/config.proto"),
-                                re.MULTILINE))
+        message = re.search(r"message ServerConfig \{.*?^\}",
+                            source("proto/clusterkv/v1/config.proto"), re.DOTALL | re.MULTILINE)[0]
+        fields = set(re.findall(r"^  (?:repeated )?\w+ (\w+) =\s*\d+;", message, re.MULTILINE))
         self.assertGreater(len(fields), 20)
-        written = set(re.findall(r"^(\w+):", Rendered().server_conf(), re.MULTILINE))
-        self.assertEqual(written, fields - {"device"})  # "cpu" is all there is
+        written = set(re.findall(r"^(\w+)(?::| \{)", Rendered(ci="mtls").server_conf(),
+                                 re.MULTILINE))
+        # "cpu" is all there is; whoever asks for certificates wants them.
+        self.assertEqual(written, fields - {"device", "tls_client_certificate_optional"})
+        plain = set(re.findall(r"^(\w+)(?::| \{)", Rendered().server_conf(), re.MULTILINE))
+        self.assertEqual({name for name in written - plain if not name.startswith("tls_")},
+                         {"health_listen", "tenants", "admin_identities"})
 
     def test_defaults_are_the_server_s(self):
         defaults = dict(re.findall(r'^      \{"(\w+)", "([^"]*)"',
@@ -318,6 +397,13 @@ class PodTest(unittest.TestCase):
                                     "liveness": {"port": 9001, "service": "liveness"}})
         for name in services:
             self.assertGreater(container[name + "Probe"]["failureThreshold"], 1)
+
+    def test_with_certificates_probes_ask_the_health_port(self):
+        container = Rendered(ci="mtls", ports__health=9003).container()
+        for name in ("startup", "readiness", "liveness"):
+            self.assertEqual(container[name + "Probe"]["grpc"]["port"], 9003)
+        self.assertIn({"name": "health", "containerPort": 9003}, container["ports"])
+        self.assertNotIn("health", {port["name"] for port in Rendered().container()["ports"]})
 
     def test_gpu_is_a_resource_named_by_a_value(self):
         rendered = Rendered(gpu__enabled=True, gpu__resourceName="example.com/gpu", gpu__count=2,

@@ -78,6 +78,31 @@ helm.sh/chart: {{ printf "%s-%s" .Chart.Name .Chart.Version | replace "+" "_" }}
 {{- printf `namespace="%s", pod=~"%s-[0-9]+"` .Release.Namespace (include "clusterkv.fullname" .) -}}
 {{- end -}}
 
+{{/* Where health is asked. */}}
+{{- define "clusterkv.healthPort" -}}
+{{- ternary .Values.ports.admin .Values.ports.health (eq .Values.tls.mode "disabled") | int -}}
+{{- end -}}
+
+{{/* The shards' certificate: tls.crt, tls.key, ca.crt. */}}
+{{- define "clusterkv.tlsSecret" -}}
+{{- $own := printf "%s-tls" (include "clusterkv.fullname" .) -}}
+{{- ternary $own .Values.tls.existingSecret .Values.tls.certManager.enabled -}}
+{{- end -}}
+
+{{/* What `helm test` and operators show: ca.crt, and with mutual TLS tls.crt, tls.key. */}}
+{{- define "clusterkv.clientSecret" -}}
+{{- if .Values.tls.certManager.enabled -}}
+{{- printf "%s-operator-tls" (include "clusterkv.fullname" .) -}}
+{{- else -}}
+{{- default .Values.tls.existingSecret .Values.tls.clientSecret -}}
+{{- end -}}
+{{- end -}}
+
+{{- define "clusterkv.operatorIdentity" -}}
+{{- $own := printf "%s-operator" (include "clusterkv.fullname" .) -}}
+{{- ternary $own .Values.tls.operatorIdentity .Values.tls.certManager.enabled -}}
+{{- end -}}
+
 {{/* Of the pod that `helm test` runs. */}}
 {{- define "clusterkv.testLabels" -}}
 app.kubernetes.io/name: {{ include "clusterkv.name" . }}
