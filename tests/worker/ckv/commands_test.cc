@@ -193,21 +193,22 @@ TEST_F(CommandsTest, ReplayWritesTheKeysThatToolsRead) {
   ASSERT_EQ(layers.size(), 2u);
   for (int l = 0; l < 2; ++l) {
     const auto& layer = layers[l];
-    EXPECT_EQ(layer.size(), 18u);
+    EXPECT_EQ(layer.size(), 20u);
     EXPECT_EQ(layer["layer"], l);
     EXPECT_EQ(layer["preset"], "default");
     EXPECT_EQ(layer["budget"], 64);
     EXPECT_EQ(layer["codec"], "raw");
     for (const char* key :
          {"mass", "output_error", "exact_tokens_per_step", "recalled_tokens_per_step",
-          "recalled_bytes_per_step", "state_bytes_per_step", "hit_rate", "held_fraction"}) {
+          "recalled_bytes_per_step", "state_bytes_per_step", "correction_bytes_per_step",
+          "hit_rate", "held_fraction"}) {
       EXPECT_TRUE(layer[key].is_number()) << key;
     }
     for (const char* key : {"select_us", "recall_us"}) {
       EXPECT_GE(layer[key]["p99"], layer[key]["p50"]) << key;
     }
-    for (const char* key :
-         {"index_digest", "selection_digest", "state_digest", "recalled_digest"}) {
+    for (const char* key : {"index_digest", "selection_digest", "state_digest", "correction_digest",
+                            "recalled_digest"}) {
       EXPECT_THAT(layer[key].get<std::string>(), ::testing::MatchesRegex("[0-9a-f]{16}")) << key;
     }
     EXPECT_EQ(layer["exact_tokens_per_step"], 48);
