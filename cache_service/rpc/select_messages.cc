@@ -26,7 +26,7 @@ absl::Status CheckBatch(const RpcContext& rpc, int64_t items) {
   }
   metadata.emplace_back("limit", "max_batch_items");
   return Error(v1::LIMIT_EXCEEDED, "items: expected " + expected + " (max_batch_items), got " + got,
-               std::move(metadata));
+               metadata);
 }
 
 std::string ItemField(int index, const char* field) {
