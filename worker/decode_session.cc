@@ -228,7 +228,7 @@ absl::Status DecodeSession::Impl::TakeLinked(const Layer& layer, int64_t index) 
                  absl::StrCat("records: by link ", response_link_generation, ", expected ",
                               window == nullptr ? 0 : link_generation));
   }
-  const absl::Status taken = window->Take(link, index, linked, absl::Now() + kRecordsTimeout);
+  absl::Status taken = window->Take(link, index, linked, absl::Now() + kRecordsTimeout);
   if (taken.ok()) return taken;
   DropLink(std::string(taken.message()));
   // As records that never came: the step is asked for once more, from an empty hot cache.
@@ -626,10 +626,10 @@ absl::Status DecodeSession::Step(int64_t layer, absl::Span<const std::byte> quer
   }
   StepFigures unwanted;
   StepFigures* const told = figures != nullptr ? figures : &unwanted;
-  const absl::Status first = impl_->TryStep(layer, queries, output, told);
+  absl::Status first = impl_->TryStep(layer, queries, output, told);
   if (first.ok()) return first;
   CKV_RETURN_IF_ERROR(impl_->Recover(first, &impl_->layers[layer]));
-  const absl::Status second = impl_->TryStep(layer, queries, output, told);
+  absl::Status second = impl_->TryStep(layer, queries, output, told);
   if (!second.ok()) impl_->Abandon(&impl_->layers[layer]);
   return second;
 }
