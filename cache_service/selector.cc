@@ -532,7 +532,7 @@ void Selector::Finish(const std::shared_ptr<Batch>& batch, Item& item, absl::Sta
     const kernels::KvShape& shape = item.sequence->params().shape;
     counters_.selects.fetch_add(1);
     // As FLOAT16 with a FLOAT32 log-sum-exp, which is how states travel, and a code and scale.
-    int64_t head_bytes = 2 * shape.head_dim + 4;
+    int64_t head_bytes = answer.answers() ? 2 * shape.head_dim + 4 : 0;
     if (!answer.corrections.empty()) head_bytes += shape.head_dim + 4;
     counters_.state_bytes.fetch_add(static_cast<uint64_t>(shape.query_heads * head_bytes));
     counters_.hits.fetch_add(static_cast<uint64_t>(answer.hits));

@@ -15,6 +15,8 @@
 #ifndef CLUSTERKV_CACHE_SERVICE_SHARD_H_
 #define CLUSTERKV_CACHE_SERVICE_SHARD_H_
 
+#include <algorithm>
+#include <cmath>
 #include <cstdint>
 #include <functional>
 #include <memory>
@@ -99,6 +101,14 @@ struct SelectAnswer {
   uint32_t link_generation = 0;
   int64_t hits = 0, misses = 0;
   std::shared_ptr<void> pins;  // keeps the parts' pages while records are read
+
+  // False: coded and estimated zones are empty for every query head, there is no state to send.
+  bool answers() const {
+    return std::any_of(heads.begin(), heads.end(), [](const kernels::HeadSelection& head) {
+      return std::any_of(head.state_lse.begin(), head.state_lse.end(),
+                         [](float lse) { return std::isfinite(lse); });
+    });
+  }
 };
 
 struct SelectBatchAnswer {

@@ -57,10 +57,15 @@ class RunningDigest {
 };
 
 struct Layer {
+  Layer(SteadyRows steady_rows, LayerCache layer_cache)
+      : steady(std::move(steady_rows)), cache(std::move(layer_cache)) {}
+
   SteadyRows steady;
   LayerCache cache;
   uint64_t step = 0;
-  bool reset = false;  // the next request resets the residency
+  bool reset = false;                      // the next request resets the residency
+  std::string unsent_keys, unsent_values;  // [unsent, kv_heads, head_dim]: the window's last tokens
+  int64_t unsent = 0;
   RunningDigest selection, state, correction, recalled;
 
   // The mirror is not known to be right any more.
@@ -87,7 +92,9 @@ struct DecodeSession::Impl {
   absl::Status FetchSteadyZone();
 
   absl::Status CheckLayer(int64_t layer) const;
+  std::vector<v1::AppendKvRequest> MakeAppends() const;
   absl::Status CallAppend(const v1::AppendKvRequest& request);
+  absl::Status Flush();
   absl::Status ReturnToServer();
   absl::Status Recover(const absl::Status& failure, Layer* layer);
   void Abandon(Layer* layer);
@@ -137,8 +144,15 @@ struct DecodeSession::Impl {
 DecodeSession::Impl::~Impl() {
   stream.reset();
   if (attachment.attachment_id() == 0) return;
+  const auto deadline = absl::ToChronoTime(absl::Now() + kDetachTimeout);
+  for (const v1::AppendKvRequest& append : MakeAppends()) {
+    grpc::ClientContext append_context;
+    append_context.set_deadline(deadline);
+    v1::AppendKvResponse appended;
+    if (!client->cache().AppendKv(&append_context, append, &appended).ok()) break;
+  }
   grpc::ClientContext context;
-  context.set_deadline(absl::ToChronoTime(absl::Now() + kDetachTimeout));
+  context.set_deadline(deadline);
   v1::DetachRequest detach;
   detach.set_attachment_id(attachment.attachment_id());
   v1::DetachResponse answer;
@@ -287,9 +301,8 @@ absl::Status DecodeSession::Impl::MakeLayers() {
     }
     CKV_ASSIGN_OR_RETURN(LayerCache cache, LayerCache::Create(kv_heads, params, codec,
                                                               codec->RecordBytes(type, head_dim)));
-    layers.push_back({SteadyRows(kv_heads, row_bytes, sinks, info.tokens(), info.window_begin()),
-                      std::move(cache), 0, false, RunningDigest(), RunningDigest(), RunningDigest(),
-                      RunningDigest()});
+    layers.emplace_back(SteadyRows(kv_heads, row_bytes, sinks, info.tokens(), info.window_begin()),
+                        std::move(cache));
   }
   return absl::OkStatus();
 }
@@ -319,6 +332,44 @@ absl::Status DecodeSession::Impl::CheckLayer(int64_t layer) const {
   if (layer >= 0 && layer < static_cast<int64_t>(layers.size())) return absl::OkStatus();
   return Error(v1::LAYER_OUT_OF_RANGE,
                absl::StrCat("layer: expected 0 to ", layers.size() - 1, ", got ", layer));
+}
+
+// One request for all layers that lack the same tokens: in step, that is one.
+std::vector<v1::AppendKvRequest> DecodeSession::Impl::MakeAppends() const {
+  std::vector<v1::AppendKvRequest> appends;
+  for (size_t l = 0; l < layers.size(); ++l) {
+    const Layer& layer = layers[l];
+    if (layer.unsent == 0) continue;
+    const auto first = static_cast<uint32_t>(layer.steady.tokens() - layer.unsent);
+    const auto tokens = static_cast<uint32_t>(layer.unsent);
+    auto append = std::find_if(appends.begin(), appends.end(), [&](const auto& other) {
+      return other.first_token() == first && other.tokens() == tokens;
+    });
+    if (append == appends.end()) {
+      append = appends.emplace(appends.end());
+      *append->mutable_sequence() = attachment.sequence().handle();
+      append->set_first_token(first);
+      append->set_tokens(tokens);
+    }
+    v1::AppendKvRequest::Layer& rows = *append->add_layers();
+    rows.set_layer(static_cast<uint32_t>(l));
+    rows.set_keys(layer.unsent_keys);
+    rows.set_values(layer.unsent_values);
+  }
+  return appends;
+}
+
+absl::Status DecodeSession::Impl::Flush() {
+  for (const v1::AppendKvRequest& append : MakeAppends()) {
+    CKV_RETURN_IF_ERROR(CallAppend(append));
+    for (const v1::AppendKvRequest::Layer& rows : append.layers()) {
+      Layer& layer = layers[rows.layer()];
+      layer.unsent_keys.clear();
+      layer.unsent_values.clear();
+      layer.unsent = 0;
+    }
+  }
+  return absl::OkStatus();
 }
 
 absl::Status DecodeSession::Impl::CallAppend(const v1::AppendKvRequest& append) {
@@ -597,21 +648,18 @@ absl::Status DecodeSession::Append(int64_t layer, absl::Span<const std::byte> ke
                  absl::StrCat("key, value: expected ", expected, " bytes each, got ", key.size(),
                               " and ", value.size()));
   }
-  SteadyRows& steady = impl_->layers[layer].steady;
+  Layer& of = impl_->layers[layer];
   if (impl_->options.append_to_service) {
-    v1::AppendKvRequest append;
-    *append.mutable_sequence() = impl_->attachment.sequence().handle();
-    append.set_first_token(static_cast<uint32_t>(steady.tokens()));
-    append.set_tokens(1);
-    v1::AppendKvRequest::Layer& rows = *append.add_layers();
-    rows.set_layer(static_cast<uint32_t>(layer));
-    rows.set_keys(key.data(), key.size());
-    rows.set_values(value.data(), value.size());
-    CKV_RETURN_IF_ERROR(impl_->CallAppend(append));
+    if (of.unsent >= impl_->options.append_batch_tokens) CKV_RETURN_IF_ERROR(impl_->Flush());
+    of.unsent_keys.append(reinterpret_cast<const char*>(key.data()), key.size());
+    of.unsent_values.append(reinterpret_cast<const char*>(value.data()), value.size());
+    ++of.unsent;
   }
-  steady.Append(key, value);
+  of.steady.Append(key, value);
   return absl::OkStatus();
 }
+
+absl::Status DecodeSession::Flush() { return impl_->Flush(); }
 
 absl::Status DecodeSession::Step(int64_t layer, absl::Span<const std::byte> queries,
                                  absl::Span<float> output, StepFigures* figures) {

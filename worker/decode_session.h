@@ -23,8 +23,11 @@ struct DecodeOptions {
   v1::SelectConfig select;       // what differs from the sequence's
   v1::ElementType state_type = v1::ELEMENT_TYPE_FLOAT16;
   bool append_to_service = true;  // AppendKv of decoded tokens; false: the window stays here alone
-  bool digests = false;           // keep digests of selections, states and recalled bytes
-  std::vector<v1::Link> links;    // that this worker can use, best first; empty: GRPC
+  // Decoded tokens go to the service this many at a time, all layers in one call. Until then they
+  // are in this worker's window alone.
+  int64_t append_batch_tokens = 16;
+  bool digests = false;         // keep digests of selections, states and recalled bytes
+  std::vector<v1::Link> links;  // that this worker can use, best first; empty: GRPC
   // "cpu", "cuda" or "cuda:N": whose memory the hot cache's slots are in, for links that bring
   // records there.
   std::string device = "cpu";
@@ -55,7 +58,7 @@ class DecodeSession {
   static absl::StatusOr<std::unique_ptr<DecodeSession>> Attach(Client* client,
                                                                const v1::SequenceHandle& sequence,
                                                                const DecodeOptions& options);
-  ~DecodeSession();  // detaches, best effort
+  ~DecodeSession();  // flushes and detaches, best effort
 
   const v1::Sequence& sequence() const;
   // The link in use, and why not a better one (empty: it is the best asked for). One that breaks is
@@ -64,9 +67,12 @@ class DecodeSession {
   const std::string& link_reason() const;
 
   // The decoded token's own K and V of a layer [kv_heads, head_dim], before the Step that attends
-  // to it.
+  // to it. Sends the tokens before it when they are append_batch_tokens; on an error of that they
+  // stay to be sent, and this one is not appended.
   absl::Status Append(int64_t layer, absl::Span<const std::byte> key,
                       absl::Span<const std::byte> value);
+  // Sends what was appended and not yet sent: for another reader of the sequence, or a fork.
+  absl::Status Flush();
   // output [query_heads, head_dim] = attention of queries [query_heads, head_dim] of the sequence's
   // element type over all tokens. figures may be null.
   // Errors: as the service's. After RESIDENCY_STALE, records other than those missed or with a

@@ -88,7 +88,7 @@ void EncodeResult(const SelectAnswer& answer, const SelectEncoding& encoding,
                result->add_heads());
   }
   if (encoding.want_state) {
-    EncodeState(answer, encoding.state_type, result->mutable_state());
+    if (answer.answers()) EncodeState(answer, encoding.state_type, result->mutable_state());
     if (!answer.corrections.empty()) EncodeCorrection(answer, result->mutable_correction());
   }
   result->set_selection_digest(SelectionDigest(answer.heads));

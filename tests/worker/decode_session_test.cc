@@ -250,6 +250,8 @@ TEST_F(DecodeSessionTest, OutputIsAttentionOverTheSelectionMergedWithTheState) {
         }
       }
       EXPECT_EQ(figures.exact_tokens, exact);
+      EXPECT_EQ(result.has_state(), figures.state_bytes > 0);
+      EXPECT_EQ(result.has_state(), request.preset() != "clusterkv");
       ExpectNear(output,
                  Expected(layer, step, attends, Floats(result.state().output()),
                           Floats(result.state().log_sum_exp())),
@@ -472,6 +474,43 @@ TEST_F(DecodeSessionTest, CutConnectionsAreSurvivedAtAnyByte) {
   EXPECT_EQ(session->digests(1).state, expected.digests[1].state);
 }
 
+TEST_F(DecodeSessionTest, AppendsGoInBatchesOfAllLayers) {
+  const Service service;
+  const auto client = service.Connect();
+  const auto layers = MakeLayers(100, 20);
+  auto request = OpenRequest("a", layers);
+  request.set_max_decode_tokens(20);
+  const v1::Sequence sequence = MustPrefill(client.get(), request, layers);
+  const auto tokens = [&] {
+    const auto now = client->GetSequence(sequence.handle());
+    EXPECT_TRUE(now.ok()) << now.status();
+    EXPECT_EQ(now->layers(0).tokens(), now->layers(1).tokens());
+    return now->layers(0).tokens() - 100;
+  };
+  DecodeOptions options = Options(64);
+  options.append_batch_tokens = 8;
+  {
+    const auto session = Attach(client.get(), sequence, options);
+    ASSERT_NE(session, nullptr);
+    for (int64_t step = 0; step < 19; ++step) {
+      ASSERT_TRUE(Append(*session, layers, step).ok());
+      if (step == 17) {
+        ASSERT_TRUE(session->Flush().ok());
+        EXPECT_EQ(tokens(), 18u);
+      } else if (step < 17) {
+        EXPECT_EQ(tokens(), step / 8 * 8) << step;
+      }
+    }
+    EXPECT_EQ(tokens(), 18u);
+  }
+  EXPECT_EQ(tokens(), 19u) << "the end of a session sends what is left";
+  const auto next = Attach(client.get(), sequence, options);
+  ASSERT_NE(next, nullptr);
+  ASSERT_TRUE(Append(*next, layers, 19).ok());
+  ASSERT_TRUE(next->Flush().ok());
+  EXPECT_EQ(tokens(), 20u);
+}
+
 TEST_F(DecodeSessionTest, RestartedServerIsTold) {
   auto service = std::make_unique<Service>();
   const int port = service->server().port();
@@ -488,9 +527,8 @@ TEST_F(DecodeSessionTest, RestartedServerIsTold) {
   EXPECT_EQ(ReasonOf(session->Step(0, Query(layers[0], 0), absl::MakeSpan(output), nullptr)),
             v1::STALE_BOOT_ID);
   EXPECT_EQ(output, before);
-  EXPECT_EQ(ReasonOf(session->Append(0, Rows(layers[0], layers[0].keys, 0, 1),
-                                     Rows(layers[0], layers[0].values, 0, 1))),
-            v1::STALE_BOOT_ID);
+  ASSERT_TRUE(Append(*session, layers, 0).ok());
+  EXPECT_EQ(ReasonOf(session->Flush()), v1::STALE_BOOT_ID);
 }
 
 TEST_F(DecodeSessionTest, ReleasedSequenceIsAnError) {
