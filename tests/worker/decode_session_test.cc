@@ -134,7 +134,7 @@ std::vector<int64_t> Range(int64_t begin, int64_t end) {
 
 std::vector<float> Floats(const std::string& bytes) {
   std::vector<float> floats(bytes.size() / sizeof(float));
-  std::memcpy(floats.data(), bytes.data(), floats.size() * sizeof(float));
+  if (!floats.empty()) std::memcpy(floats.data(), bytes.data(), floats.size() * sizeof(float));
   return floats;
 }
 

@@ -336,7 +336,7 @@ TEST_F(ReplayTest, AServerInThisProcessGivesTheSameBitsAsOneOverTheWire) {
 
 TEST_F(ReplayTest, ClusteredWindowsStayNearFullAttention) {
   ReplayOptions options = Preset("default", 64);
-  options.window_tokens = 64;
+  options.window_tokens = 40;
   const ReplayResult windows = Run(options);
   const ReplayResult none = Run(Preset("default", 64));
   for (int l = 0; l < 2; ++l) {
@@ -350,7 +350,7 @@ TEST_F(ReplayTest, ClusteredWindowsStayNearFullAttention) {
 // Their values' remainders are kept and answered, too.
 TEST_F(ReplayTest, ClusteredWindowsAreAsNearUnderACoarseCodec) {
   ReplayOptions options = Preset("default", 64);
-  options.window_tokens = 64;
+  options.window_tokens = 40;
   const ReplayResult raw = Run(options);
   options.codec = "k8v4";
   const ReplayResult coded = Run(options);
