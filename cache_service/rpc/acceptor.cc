@@ -54,6 +54,7 @@ absl::StatusOr<FileDescriptor> ListenTcp(const std::string& address, std::string
   if (host.size() > 2 && host.front() == '[' && host.back() == ']') {
     host = host.substr(1, host.size() - 2);
   }
+  if (host == "localhost") host = "127.0.0.1";  // by RFC 6761, hosts file or not
   addrinfo hints = {};
   hints.ai_socktype = SOCK_STREAM;
   hints.ai_flags = AI_PASSIVE;
