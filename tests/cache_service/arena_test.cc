@@ -6,7 +6,6 @@
 
 #include <cstdlib>
 #include <cstring>
-#include <iostream>
 #include <map>
 #include <optional>
 #include <random>
@@ -14,6 +13,7 @@
 #include <utility>
 
 #include "proto/error.h"
+#include "tests/test_seed.h"
 
 namespace clusterkv::cache_service {
 namespace {
@@ -21,13 +21,6 @@ namespace {
 using ::testing::IsEmpty;
 
 constexpr int64_t kPage = 4096;
-
-uint64_t Seed() {
-  const char* text = std::getenv("CLUSTERKV_SEED");
-  const uint64_t seed = text != nullptr ? std::strtoull(text, nullptr, 10) : 20240607;
-  std::cout << "seed " << seed << " (CLUSTERKV_SEED)\n";
-  return seed;
-}
 
 std::unique_ptr<Arena> MakeArena(int64_t pages) {
   return Arena::Create(pages * kPage, kPage).value();
@@ -444,7 +437,7 @@ class ArenaModel {
 };
 
 TEST(ArenaFuzzTest, AMillionOperationsAgreeWithTheModel) {
-  const uint64_t seed = Seed();
+  const uint64_t seed = TestSeed(20240607);
   ArenaModel model(seed);
   for (int64_t i = 0; i < 1'000'000; ++i) {
     model.Step();

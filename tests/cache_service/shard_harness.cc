@@ -2,7 +2,6 @@
 
 #include <cmath>
 #include <cstdlib>
-#include <iostream>
 #include <random>
 #include <thread>
 #include <utility>
@@ -12,13 +11,6 @@
 #include "kernels/base/element_type.h"
 
 namespace clusterkv::cache_service {
-
-uint64_t TestSeed() {
-  const char* text = std::getenv("CLUSTERKV_SEED");
-  const uint64_t seed = text != nullptr ? std::strtoull(text, nullptr, 10) : 20240607;
-  std::cout << "seed " << seed << " (CLUSTERKV_SEED)\n";
-  return seed;
-}
 
 int64_t TestKv::row_bytes() const {
   return int64_t{shape.kv_heads()} * shape.head_dim() *

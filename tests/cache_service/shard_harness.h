@@ -16,9 +16,6 @@
 
 namespace clusterkv::cache_service {
 
-// Printed; CLUSTERKV_SEED overrides it.
-uint64_t TestSeed();
-
 // K and V of a made-up model: tokens around a few directions per head, so that clusters mean
 // something.
 struct TestKv {

@@ -293,7 +293,7 @@ def main():
     parser.add_argument("--faults", action="store_true")
     parser.add_argument("--kills", type=int, default=20)
     parser.add_argument("--links", default="peer,nccl,grpc", help="of --faults")
-    parser.add_argument("--seed", type=int, default=int(os.environ.get("CLUSTERKV_SEED", "1")))
+    parser.add_argument("--seed", type=int, default=int(os.environ.get("CLUSTERKV_TEST_SEED", "1")))
     args = parser.parse_args()
     if not args.trace:
         data = pathlib.Path(__file__).resolve().parent.parent / "data"

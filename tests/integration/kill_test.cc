@@ -23,6 +23,7 @@
 #include "proto/error.h"
 #include "tests/integration/kill_job.h"
 #include "tests/integration/process.h"
+#include "tests/test_seed.h"
 #include "tests/worker/worker_harness.h"
 #include "worker/transport_failure.h"
 
@@ -32,12 +33,7 @@ namespace {
 using worker::Client;
 using worker::CuttingProxy;
 
-uint64_t Seed() {
-  const char* text = std::getenv("CLUSTERKV_TEST_SEED");
-  const uint64_t seed = text != nullptr ? std::strtoull(text, nullptr, 0) : 41;
-  std::cout << "CLUSTERKV_TEST_SEED=" << seed << "\n";
-  return seed;
-}
+constexpr uint64_t kSeed = 41;
 
 // How many workers are killed; a quarter as many servers. Fewer under a sanitizer, where each takes
 // ten times as long; CLUSTERKV_TEST_KILLS says otherwise.
@@ -166,7 +162,7 @@ std::vector<std::string> RunWorker(CuttingProxy& proxy, const std::string& mode,
 }
 
 TEST(KillTest, PrefillWriterKilledAtAnyByte) {
-  std::mt19937_64 random(Seed());
+  std::mt19937_64 random(TestSeed(kSeed));
   const ServerProcess server;
   CuttingProxy proxy(server.target());
   const auto client = Connect(server.target(), /*session=*/false);
@@ -217,7 +213,7 @@ std::map<std::string, std::string> ExpectedOutputs(Client* client,
 }
 
 TEST(KillTest, DecodeWorkerKilledAtAnyByte) {
-  std::mt19937_64 random(Seed());
+  std::mt19937_64 random(TestSeed(kSeed));
   const ServerProcess server;
   CuttingProxy proxy(server.target());
   const auto client = Connect(server.target(), /*session=*/false);
@@ -321,7 +317,7 @@ class Replay {
 };
 
 TEST(KillTest, ServerKilledUnderReplay) {
-  std::mt19937_64 random(Seed());
+  std::mt19937_64 random(TestSeed(kSeed));
   ServerProcess server;
   std::map<std::string, std::string> expected;
   {

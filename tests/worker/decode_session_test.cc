@@ -6,7 +6,6 @@
 #include <cmath>
 #include <cstdlib>
 #include <cstring>
-#include <iostream>
 #include <limits>
 #include <random>
 #include <string>
@@ -17,6 +16,7 @@
 #include "clusterkv/v1/admin_service.grpc.pb.h"
 #include "kernels/attention/attention.h"
 #include "proto/error.h"
+#include "tests/test_seed.h"
 #include "tests/worker/worker_harness.h"
 
 namespace clusterkv::worker {
@@ -433,10 +433,7 @@ TEST_F(DecodeSessionTest, LostAttachmentIsMadeAnew) {
 }
 
 TEST_F(DecodeSessionTest, CutConnectionsAreSurvivedAtAnyByte) {
-  const char* seed_text = std::getenv("CLUSTERKV_TEST_SEED");
-  const uint64_t seed = seed_text != nullptr ? std::strtoull(seed_text, nullptr, 0) : 23;
-  std::cout << "CLUSTERKV_TEST_SEED=" << seed << "\n";
-  std::mt19937_64 random(seed);
+  std::mt19937_64 random(TestSeed(23));
   Service service;
   CuttingProxy proxy(service.target());
   auto client = Client::Connect(proxy.address());

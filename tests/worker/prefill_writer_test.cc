@@ -2,14 +2,13 @@
 
 #include <gtest/gtest.h>
 
-#include <cstdlib>
-#include <iostream>
 #include <random>
 #include <string>
 #include <vector>
 
 #include "absl/strings/str_cat.h"
 #include "proto/error.h"
+#include "tests/test_seed.h"
 #include "tests/worker/worker_harness.h"
 
 namespace clusterkv::worker {
@@ -153,10 +152,7 @@ TEST(PrefillWriterTest, AbandonedWriterLeavesNothingBehind) {
 }
 
 TEST(PrefillWriterTest, CutConnectionsAreSurvivedAtAnyByte) {
-  const char* seed_text = std::getenv("CLUSTERKV_TEST_SEED");
-  const uint64_t seed = seed_text != nullptr ? std::strtoull(seed_text, nullptr, 0) : 17;
-  std::cout << "CLUSTERKV_TEST_SEED=" << seed << "\n";
-  std::mt19937_64 random(seed);
+  std::mt19937_64 random(TestSeed(17));
   Service service;
   CuttingProxy proxy(service.target());
   auto client = Client::Connect(proxy.address());

@@ -4,14 +4,14 @@
 #include <gtest/gtest.h>
 
 #include <algorithm>
-#include <cstdlib>
-#include <iostream>
 #include <list>
 #include <map>
 #include <random>
 #include <set>
 #include <string>
 #include <vector>
+
+#include "tests/test_seed.h"
 
 namespace clusterkv::kernels {
 namespace {
@@ -395,9 +395,7 @@ class Fuzz {
 };
 
 TEST(HotCacheFuzzTest, AgreesWithTheModelOverAMillionOperations) {
-  const char* seed_text = std::getenv("CLUSTERKV_TEST_SEED");
-  const uint64_t seed = seed_text != nullptr ? std::strtoull(seed_text, nullptr, 0) : 20250207;
-  std::cout << "CLUSTERKV_TEST_SEED=" << seed << "\n";
+  const uint64_t seed = TestSeed(20250207);
   const std::vector<std::pair<int64_t, int64_t>> sizes = {{0, 3}, {1, 1}, {2, 7},
                                                           {5, 3}, {7, 7}, {48, 12}};
   constexpr int kOperations = 1'000'000;

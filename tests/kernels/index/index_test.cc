@@ -4,7 +4,6 @@
 #include <cmath>
 #include <cstdint>
 #include <cstdlib>
-#include <iostream>
 #include <limits>
 #include <memory>
 #include <random>
@@ -18,6 +17,7 @@
 #include "gtest/gtest.h"
 #include "kernels/base/thread_pool.h"
 #include "tests/kernels/index/built_part.h"
+#include "tests/test_seed.h"
 
 namespace clusterkv::kernels {
 namespace {
@@ -25,12 +25,7 @@ namespace {
 using ::testing::HasSubstr;
 
 uint32_t Seed() {
-  static const uint32_t seed = [] {
-    const char* text = std::getenv("CLUSTERKV_TEST_SEED");
-    const uint32_t value = text != nullptr ? std::strtoul(text, nullptr, 10) : 20241105u;
-    std::cout << "CLUSTERKV_TEST_SEED=" << value << std::endl;
-    return value;
-  }();
+  static const auto seed = static_cast<uint32_t>(TestSeed(20241105));
   return seed;
 }
 

@@ -3,8 +3,6 @@
 #include <algorithm>
 #include <cmath>
 #include <cstdint>
-#include <cstdlib>
-#include <iostream>
 #include <limits>
 #include <numeric>
 #include <random>
@@ -20,6 +18,7 @@
 #include "hwy/highway.h"
 #include "kernels/base/thread_pool.h"
 #include "kernels/kmeans/kmeans_internal.h"
+#include "tests/test_seed.h"
 
 namespace clusterkv::kernels {
 namespace {
@@ -28,12 +27,7 @@ using ::testing::ElementsAre;
 using ::testing::HasSubstr;
 
 uint32_t Seed() {
-  static const uint32_t seed = [] {
-    const char* text = std::getenv("CLUSTERKV_TEST_SEED");
-    const uint32_t value = text != nullptr ? std::strtoul(text, nullptr, 10) : 20240917u;
-    std::cout << "CLUSTERKV_TEST_SEED=" << value << std::endl;
-    return value;
-  }();
+  static const auto seed = static_cast<uint32_t>(TestSeed(20240917));
   return seed;
 }
 
