@@ -1,29 +1,18 @@
-// Sparse decode attention: a warp takes 16 tokens at a time, with 8 query heads as the rows of both
-// matrix products (their high halves in rows 0-7, their low halves in rows 8-15).
-//
-//   scores [heads × tokens] = queries [heads × channels] · keys [channels × tokens]
-//   output [heads × channels] += weights [heads × tokens] · values [tokens × channels]
-//
-// The first product leaves its result in the registers that the second wants it in, and keys and
-// values go from memory to operands by 16-byte loads: channels are permuted so that what a lane
-// loads is what it needs. Logits are in units of log2.
+// Sparse decode attention: the tiles of a pair (attention_tile.cuh) spread over the warps of
+// `splits` blocks.
 #include <algorithm>
 
 #include "kernels/attention/attention_cuda.h"
+#include "kernels/attention/attention_tile.cuh"
 #include "kernels/base/cuda_util.cuh"
 
 namespace clusterkv::kernels {
 namespace {
 
-using namespace cuda;  // NOLINT: device helpers
+using namespace cuda;             // NOLINT: device helpers
+using namespace cuda::attention;  // NOLINT
 
-constexpr int kThreads = 128;
-constexpr int kWarps = kThreads / kWarp;
-constexpr int kTile = 16;  // tokens
-constexpr int kHeads = 8;  // query heads of a block
-constexpr int kSpan = 64;  // channels of one value load of a warp
 constexpr int kMaxSplits = 64;
-constexpr float kNegativeInfinity = -__builtin_huge_valf();
 
 struct Plan {
   AttentionCudaParams params;
@@ -36,422 +25,17 @@ struct Plan {
   int64_t counters;        // offset in the workspace, bytes
 };
 
-// A block's shared memory, in this order: units [8], sums [8], the ticket, all in the header; the
-// query's fragments; the query [8, dim], later under the warps' partials. Offsets in bytes.
-constexpr int kUnitOffset = 0;
-constexpr int kQuerySumOffset = kUnitOffset + kHeads * 4;
-constexpr int kTicketOffset = kQuerySumOffset + kHeads * 4;
-constexpr int kHeaderBytes = 128;
-static_assert(kTicketOffset + 4 <= kHeaderBytes);
-__host__ __device__ constexpr int FragmentBytes(int steps) { return steps * 2 * kWarp * 16; }
-__host__ __device__ constexpr int QueryOffset(int steps, int fragment_sets) {
-  return kHeaderBytes + fragment_sets * FragmentBytes(steps);
-}
-
-enum class Source { kFloat32, kFloat16, kBFloat16, kK8V4 };
-
-// Four 32-bit operands of eight channels, and what is left of them where 16 bits hold too little.
-struct Operands {
-  uint32_t hi[4];
-  uint32_t lo[4];
-};
-
-template <Source kSource>
-struct Traits {
-  static constexpr bool kHalfKeys = kSource == Source::kFloat16 || kSource == Source::kK8V4;
-  static constexpr bool kHalfValues = kSource == Source::kFloat16;
-
-  // Channels [channel, channel + 8) of a key.
-  static __device__ __forceinline__ void LoadKey(const unsigned char* row, int channel,
-                                                 Operands* out) {
-    if constexpr (kSource == Source::kFloat32) {
-      const float4* at = reinterpret_cast<const float4*>(row + 4 * channel);
-      const float4 a = at[0], b = at[1];
-      SplitBFloat16(a.x, a.y, &out->hi[0], &out->lo[0]);
-      SplitBFloat16(a.z, a.w, &out->hi[1], &out->lo[1]);
-      SplitBFloat16(b.x, b.y, &out->hi[2], &out->lo[2]);
-      SplitBFloat16(b.z, b.w, &out->hi[3], &out->lo[3]);
-    } else if constexpr (kSource == Source::kK8V4) {
-      const uint2 codes = *reinterpret_cast<const uint2*>(row + 8 + channel);
-      out->hi[0] = BytesToHalves(__byte_perm(codes.x, 0, 0x4140));
-      out->hi[1] = BytesToHalves(__byte_perm(codes.x, 0, 0x4342));
-      out->hi[2] = BytesToHalves(__byte_perm(codes.y, 0, 0x4140));
-      out->hi[3] = BytesToHalves(__byte_perm(codes.y, 0, 0x4342));
-    } else {
-      const uint4 x = *reinterpret_cast<const uint4*>(row + 2 * channel);
-      out->hi[0] = x.x;
-      out->hi[1] = x.y;
-      out->hi[2] = x.z;
-      out->hi[3] = x.w;
-    }
-  }
-
-  // Channels [channel, channel + 8) of a value, raw.
-  static __device__ __forceinline__ void LoadValue(const unsigned char* row, int channel, int dim,
-                                                   Operands* out) {
-    if constexpr (kSource == Source::kK8V4) {
-      // The two words of the block of 16; shifted so that the lane's half is in the low bits.
-      const uint2 codes = *reinterpret_cast<const uint2*>(row + 8 + dim + channel / 16 * 8);
-      out->hi[0] = codes.x >> (channel % 16 * 2);
-      out->hi[1] = codes.y >> (channel % 16 * 2);
-    } else {
-      LoadKey(row, channel, out);
-    }
-  }
-
-  // Channel i (0 to 7) of tokens a and b, from their loads.
-  static __device__ __forceinline__ uint32_t Pair(const uint32_t (&a)[4], const uint32_t (&b)[4],
-                                                  int i) {
-    if constexpr (kSource == Source::kK8V4) {
-      const uint32_t codes = (a[i % 2] >> (i / 2 * 4) & 0xfu) | (b[i % 2] >> (i / 2 * 4) & 0xfu)
-                                                                    << 16;
-      return NibblesToBFloat16(codes);
-    } else {
-      return __byte_perm(a[i / 2], b[i / 2], i % 2 == 0 ? 0x5410 : 0x7632);
-    }
-  }
-};
-
-// Rows of a tile's tokens. Lane (r, t) = (lane / 4, lane % 4).
-struct TileRows {
-  const unsigned char* key[2];    // of tokens r, r + 8
-  const unsigned char* value[4];  // of tokens 2t, 2t + 1, 2t + 8, 2t + 9
-  uint32_t heads[4];              // of those: bits of the heads that attend, 0 past the end
-};
-
-// The running softmax of a warp's tokens: of head r; weight_sum and zero_sum over the lane's own
-// tokens.
-template <int kChunks>
-struct Running {
-  float largest = kNegativeInfinity;
-  float weight_sum = 0;
-  float zero_sum = 0;  // weight × value zero (K8V4)
-  float output[kChunks * 8][4];
-};
-
-// What all warps of a block share.
-struct BlockState {
-  const uint4* query_raw;     // [steps, 2, 32]: fragments for raw keys
-  const uint4* query_record;  // for records
-  const float* unit;          // [8]: what the half fragments were divided by
-  const float* query_sum;     // [8]: sum of the query's channels
-  int dim, steps, first_channel;
-};
-
-// Queries as matrix operands: `to` [steps, 2, 32] of (hi, hi, lo, lo) pairs in the order of MMA's
-// rows.
-template <bool kHalf>
-__device__ void MakeFragments(const float* query, const float* unit, int dim, int steps,
-                              uint4* to) {
-  for (int i = threadIdx.x; i < steps * 2 * kWarp; i += kThreads) {
-    const int lane = i % kWarp, part = i / kWarp % 2, step = i / (2 * kWarp);
-    const int r = lane / 4, channel = step * 32 + lane % 4 * 8 + part * 4;
-    float x[4];
-#pragma unroll
-    for (int j = 0; j < 4; ++j) {
-      x[j] = channel + j < dim ? query[r * dim + channel + j] / (kHalf ? unit[r] : 1.0f) : 0.0f;
-    }
-    uint4 fragment;
-    if constexpr (kHalf) {
-      SplitHalves(x[0], x[1], &fragment.x, &fragment.y);
-      SplitHalves(x[2], x[3], &fragment.z, &fragment.w);
-    } else {
-      SplitBFloat16(x[0], x[1], &fragment.x, &fragment.y);
-      SplitBFloat16(x[2], x[3], &fragment.z, &fragment.w);
-    }
-    to[i] = fragment;
-  }
-}
-
-// Logits of head r and tokens 2t, 2t + 1, 2t + 8, 2t + 9.
-template <Source kSource>
-__device__ __forceinline__ void Score(const BlockState& b, const TileRows& rows, const uint4* query,
-                                      float (&logits)[4]) {
-  using T = Traits<kSource>;
-  constexpr int kSteps = 4;  // whose keys are in flight together
-  const int lane = threadIdx.x % kWarp;
-  float sum[2][4] = {};
-  for (int first = 0; first < b.steps; first += kSteps) {
-    Operands keys[kSteps][2];
-#pragma unroll
-    for (int s = 0; s < kSteps; ++s) {
-      const int channel = (first + s) * 32 + lane % 4 * 8;
-#pragma unroll
-      for (int i = 0; i < 2; ++i) {
-        keys[s][i] = {};
-        if (channel < b.dim) T::LoadKey(rows.key[i], channel, &keys[s][i]);
-      }
-    }
-#pragma unroll
-    for (int s = 0; s < kSteps; ++s) {
-      if (first + s >= b.steps) break;
-#pragma unroll
-      for (int part = 0; part < 2; ++part) {
-        const uint4 q = query[((first + s) * 2 + part) * kWarp + lane];
-        const uint32_t operand[4] = {q.x, q.y, q.z, q.w};
-#pragma unroll
-        for (int i = 0; i < 2; ++i) {
-          const Operands& key = keys[s][i];
-          if constexpr (T::kHalfKeys) {
-            MmaHalf(sum[i], operand, key.hi[2 * part], key.hi[2 * part + 1]);
-          } else {
-            MmaBFloat16(sum[i], operand, key.hi[2 * part], key.hi[2 * part + 1]);
-            if constexpr (kSource == Source::kFloat32) {
-              MmaBFloat16(sum[i], operand, key.lo[2 * part], key.lo[2 * part + 1]);
-            }
-          }
-        }
-      }
-    }
-  }
-  const float unit = T::kHalfKeys ? b.unit[lane / 4] : 1.0f;
-#pragma unroll
-  for (int i = 0; i < 4; ++i) logits[i] = (sum[i / 2][i % 2] + sum[i / 2][i % 2 + 2]) * unit;
-}
-
-// Folds one tile into the running softmax.
-template <Source kSource, int kChunks>
-__device__ __forceinline__ void AttendTile(const BlockState& b, const TileRows& rows,
-                                           const uint4* query, Running<kChunks>& run) {
-  using T = Traits<kSource>;
-  const int r = threadIdx.x % kWarp / 4;
-  Operands values[kChunks][4];
-#pragma unroll
-  for (int j = 0; j < kChunks; ++j) {
-    const int channel = b.first_channel + j * kSpan + 8 * r;
-#pragma unroll
-    for (int i = 0; i < 4; ++i) {
-      values[j][i] = {};
-      if (channel < b.dim) T::LoadValue(rows.value[i], channel, b.dim, &values[j][i]);
-    }
-  }
-  float logits[4], value_scale[4], value_zero[4];
-  Score<kSource>(b, rows, query, logits);
-  if constexpr (kSource == Source::kK8V4) {
-#pragma unroll
-    for (int i = 0; i < 4; ++i) {
-      // Scales and zeros lie in front of the codes; value rows of a record are the record.
-      const uint2 meta = *reinterpret_cast<const uint2*>(rows.value[i]);
-      logits[i] = logits[i] * HalfBitsToFloat(static_cast<uint16_t>(meta.x)) +
-                  HalfBitsToFloat(static_cast<uint16_t>(meta.x >> 16)) * b.query_sum[r];
-      value_scale[i] = HalfBitsToFloat(static_cast<uint16_t>(meta.y));
-      value_zero[i] = HalfBitsToFloat(static_cast<uint16_t>(meta.y >> 16));
-    }
-  }
-  float largest = kNegativeInfinity;
-#pragma unroll
-  for (int i = 0; i < 4; ++i) {
-    if ((rows.heads[i] >> r & 1u) == 0) logits[i] = kNegativeInfinity;
-    largest = fmaxf(largest, logits[i]);
-  }
-  largest = fmaxf(largest, __shfl_xor_sync(kFullMask, largest, 1));
-  largest = fmaxf(largest, __shfl_xor_sync(kFullMask, largest, 2));
-  largest = fmaxf(largest, run.largest);
-  if (__any_sync(kFullMask, largest > run.largest)) {
-    const float shrink = run.largest == kNegativeInfinity ? 0.0f : Exp2(run.largest - largest);
-    run.weight_sum *= shrink;
-    run.zero_sum *= shrink;
-#pragma unroll
-    for (int n = 0; n < kChunks * 8; ++n) {
-#pragma unroll
-      for (int i = 0; i < 4; ++i) run.output[n][i] *= shrink;
-    }
-    run.largest = largest;
-  }
-  float weights[4];
-#pragma unroll
-  for (int i = 0; i < 4; ++i) {
-    weights[i] = logits[i] == kNegativeInfinity ? 0.0f : Exp2(logits[i] - largest);
-    run.weight_sum += weights[i];
-    if constexpr (kSource == Source::kK8V4) {
-      run.zero_sum += weights[i] * value_zero[i];
-      weights[i] *= value_scale[i];
-    }
-  }
-  uint32_t operand[4];
-  if constexpr (T::kHalfValues) {
-    SplitHalves(weights[0], weights[1], &operand[0], &operand[1]);
-    SplitHalves(weights[2], weights[3], &operand[2], &operand[3]);
-  } else {
-    SplitBFloat16(weights[0], weights[1], &operand[0], &operand[1]);
-    SplitBFloat16(weights[2], weights[3], &operand[2], &operand[3]);
-  }
-#pragma unroll
-  for (int j = 0; j < kChunks; ++j) {
-    const Operands(&v)[4] = values[j];
-#pragma unroll
-    for (int i = 0; i < 8; ++i) {
-      float(&sum)[4] = run.output[j * 8 + i];
-      const uint32_t b0 = T::Pair(v[0].hi, v[1].hi, i), b1 = T::Pair(v[2].hi, v[3].hi, i);
-      if constexpr (T::kHalfValues) {
-        MmaHalf(sum, operand, b0, b1);
-      } else {
-        MmaBFloat16(sum, operand, b0, b1);
-        if constexpr (kSource == Source::kFloat32) {
-          MmaBFloat16(sum, operand, T::Pair(v[0].lo, v[1].lo, i), T::Pair(v[2].lo, v[3].lo, i));
-        }
-      }
-    }
-  }
-}
-
-template <typename T>
-__device__ __forceinline__ T FromLane(T value, int lane) {
-  return __shfl_sync(kFullMask, value, lane);
-}
-
-// Rows of the tile of tokens [first, count): locate(i, &key, &value, &heads) for a token i < count.
-template <typename Locate>
-__device__ __forceinline__ TileRows MakeRows(int first, int count, const Locate& locate) {
-  const int lane = threadIdx.x % kWarp, r = lane / 4, t = lane % 4;
-  unsigned long long key[2], value[2];
-  uint32_t heads[2];
-#pragma unroll
-  for (int i = 0; i < 2; ++i) {
-    const int token = first + r + 8 * i;
-    const unsigned char *key_row, *value_row;
-    locate(min(token, count - 1), &key_row, &value_row, &heads[i]);
-    if (token >= count) heads[i] = 0;
-    key[i] = reinterpret_cast<unsigned long long>(key_row);
-    value[i] = reinterpret_cast<unsigned long long>(value_row);
-  }
-  TileRows rows;
-#pragma unroll
-  for (int i = 0; i < 2; ++i) rows.key[i] = reinterpret_cast<const unsigned char*>(key[i]);
-#pragma unroll
-  for (int i = 0; i < 4; ++i) {
-    const int from = (2 * t + i % 2) * 4;
-    rows.value[i] = reinterpret_cast<const unsigned char*>(FromLane(value[i / 2], from));
-    rows.heads[i] = FromLane(heads[i / 2], from);
-  }
-  return rows;
-}
-
-// The block's tiles of the pair: those of every run, then those of the records.
-template <Source kRaw, Source kRecord, int kChunks>
-__device__ void AttendAll(const Plan& plan, const AttentionCudaPair& pair, const BlockState& b,
-                          int head_block, int split, Running<kChunks>& run) {
-  const int warp = threadIdx.x / kWarp;
-  const int worker = split * kWarps + warp, workers = plan.splits * kWarps;
-  const int records = pair.record_count == nullptr ? pair.record_tokens
-                                                   : min(*pair.record_count, pair.record_tokens);
-  int turn = 0;  // of the tile, over all runs: worker turn % workers takes it
-  for (int i = 0; i < pair.raw_runs; ++i) {
-    const DeviceRawRun raw = pair.raw[i];
-    const int tokens = static_cast<int>(raw.tokens);
-    const int tiles = (tokens + kTile - 1) / kTile;
-    for (int tile = (worker - turn % workers + workers) % workers; tile < tiles; tile += workers) {
-      const TileRows rows = MakeRows(
-          tile * kTile, tokens,
-          [&](int token, const unsigned char** key, const unsigned char** value, uint32_t* heads) {
-            *key = raw.keys + token * raw.key_stride_bytes;
-            *value = raw.values + token * raw.value_stride_bytes;
-            *heads = 0xffu;
-          });
-      AttendTile<kRaw>(b, rows, b.query_raw, run);
-    }
-    turn += tiles;
-  }
-  const int tiles = (records + kTile - 1) / kTile;
-  for (int tile = (worker - turn % workers + workers) % workers; tile < tiles; tile += workers) {
-    const TileRows rows = MakeRows(
-        tile * kTile, records,
-        [&](int token, const unsigned char** key, const unsigned char** value, uint32_t* heads) {
-          *key = pair.slot_base + static_cast<int64_t>(pair.slots[token]) * plan.record_bytes;
-          *value = kRecord == Source::kK8V4 ? *key : *key + plan.record_bytes / 2;
-          *heads = pair.head_masks == nullptr ? 0xffu : pair.head_masks[token] >> (head_block * 8);
-        });
-    AttendTile<kRecord>(b, rows, b.query_record, run);
-  }
-}
-
-// A partial result: largest [8], weight_sum [8], output [8, channel_span].
-__device__ __forceinline__ float* PartialLargest(float* partial) { return partial; }
-__device__ __forceinline__ float* PartialSum(float* partial) { return partial + kHeads; }
-__device__ __forceinline__ float* PartialOutput(float* partial) { return partial + 2 * kHeads; }
-
-// Writes the warp's running softmax as a partial.
-template <int kChunks>
-__device__ void StorePartial(Running<kChunks>& run, int span, float* partial) {
-  const int lane = threadIdx.x % kWarp, r = lane / 4, t = lane % 4;
-#pragma unroll
-  for (int offset = 1; offset < 4; offset *= 2) {
-    run.weight_sum += __shfl_xor_sync(kFullMask, run.weight_sum, offset);
-    run.zero_sum += __shfl_xor_sync(kFullMask, run.zero_sum, offset);
-  }
-  if (t == 0) {
-    PartialLargest(partial)[r] = run.largest;
-    PartialSum(partial)[r] = run.weight_sum;
-  }
-#pragma unroll
-  for (int n = 0; n < kChunks * 8; ++n) {
-#pragma unroll
-    for (int i = 0; i < 2; ++i) {
-      const int channel = n / 8 * kSpan + 8 * (2 * t + i) + n % 8;
-      if (channel < span) {
-        PartialOutput(partial)[r * span + channel] =
-            run.output[n][i] + run.output[n][i + 2] + run.zero_sum;
-      }
-    }
-  }
-}
-
-// Merges `count` partials, `stride` floats apart, into one at `to` (which may be the first).
-__device__ void MergePartials(const float* partials, int count, int64_t stride, int span,
-                              float* to) {
-  for (int i = threadIdx.x; i < kHeads * span; i += kThreads) {
-    const int head = i / span;
-    float largest = kNegativeInfinity;
-    for (int k = 0; k < count; ++k) largest = fmaxf(largest, partials[k * stride + head]);
-    float sum = 0;
-    for (int k = 0; k < count; ++k) {
-      const float own = partials[k * stride + head];
-      if (own == kNegativeInfinity) continue;
-      sum += Exp2(own - largest) * partials[k * stride + 2 * kHeads + i];
-    }
-    PartialOutput(to)[i] = sum;
-  }
-  __syncthreads();
-  float largest = kNegativeInfinity, sum = 0;
-  if (threadIdx.x < kHeads) {
-    const int head = threadIdx.x;
-    for (int k = 0; k < count; ++k) largest = fmaxf(largest, partials[k * stride + head]);
-    for (int k = 0; k < count; ++k) {
-      const float own = partials[k * stride + head];
-      if (own != kNegativeInfinity)
-        sum += Exp2(own - largest) * partials[k * stride + kHeads + head];
-    }
-  }
-  __syncthreads();
-  if (threadIdx.x < kHeads) {
-    PartialLargest(to)[threadIdx.x] = largest;
-    PartialSum(to)[threadIdx.x] = sum;
-  }
-  __syncthreads();
-}
-
 // Output and log-sum-exp of a merged partial and the pair's attention state.
 __device__ void Finish(const AttentionCudaPair& pair, const AttentionCudaParams& p, int head_block,
                        int first_channel, int span, float* merged) {
   for (int i = threadIdx.x; i < kHeads * span; i += kThreads) {
     const int head = head_block * kHeads + i / span, channel = first_channel + i % span;
     if (head >= p.group || channel >= p.head_dim) continue;
-    float largest = PartialLargest(merged)[i / span], sum = PartialSum(merged)[i / span];
-    float output = PartialOutput(merged)[i];
-    const float state =
-        pair.state_lse == nullptr ? kNegativeInfinity : pair.state_lse[head] * kLog2E;
-    if (state != kNegativeInfinity) {
-      const float top = fmaxf(largest, state);
-      const float own = largest == kNegativeInfinity ? 0.0f : Exp2(largest - top);
-      const float other = Exp2(state - top);
-      output = output * own + other * pair.state_output[head * p.head_dim + channel];
-      sum = sum * own + other;
-      largest = top;
-    }
-    pair.output[head * p.head_dim + channel] = sum > 0 ? output / sum : 0.0f;
-    if (channel == 0 && pair.lse != nullptr) {
-      pair.lse[head] = sum > 0 ? (largest + log2f(sum)) * kLn2 : kNegativeInfinity;
-    }
+    const StateMerge merge(PartialLargest(merged)[i / span], PartialSum(merged)[i / span],
+                           pair.state_lse == nullptr ? kNegativeInfinity : pair.state_lse[head]);
+    const float state = merge.other > 0 ? pair.state_output[head * p.head_dim + channel] : 0.0f;
+    pair.output[head * p.head_dim + channel] = merge.Output(PartialOutput(merged)[i], state);
+    if (channel == 0 && pair.lse != nullptr) pair.lse[head] = merge.Lse();
   }
 }
 
@@ -465,51 +49,31 @@ __global__ void __launch_bounds__(kThreads)
   const int head_block = static_cast<int>(blockIdx.y) % plan.head_blocks;
   const int first_channel = static_cast<int>(blockIdx.y) / plan.head_blocks * plan.channel_span;
   const int span = plan.channel_span, dim = p.head_dim, steps = plan.steps;
-  const int warp = threadIdx.x / kWarp, lane = threadIdx.x % kWarp;
+  const int warp = threadIdx.x / kWarp;
 
   unsigned char* shared = SharedMemory();
-  float* unit = reinterpret_cast<float*>(shared + kUnitOffset);
-  float* query_sum = reinterpret_cast<float*>(shared + kQuerySumOffset);
   int* ticket = reinterpret_cast<int*>(shared + kTicketOffset);
-  uint4* fragments = reinterpret_cast<uint4*>(shared + kHeaderBytes);
-  uint4* record_fragments = reinterpret_cast<uint4*>(
-      shared + kHeaderBytes + (plan.fragment_sets - 1) * FragmentBytes(steps));
   float* query = reinterpret_cast<float*>(shared + QueryOffset(steps, plan.fragment_sets));
   for (int i = threadIdx.x; i < kHeads * dim; i += kThreads) {
     const int head = head_block * kHeads + i / dim;
     query[i] = head < p.group ? pair.queries[head * dim + i % dim] * p.scale * kLog2E : 0.0f;
   }
   __syncthreads();
-  for (int h = warp; h < kHeads; h += kWarps) {
-    float largest = 0, sum = 0;
-    for (int j = lane; j < dim; j += kWarp) {
-      largest = fmaxf(largest, fabsf(query[h * dim + j]));
-      sum += query[h * dim + j];
-    }
-    largest = WarpMax(largest);
-    sum = WarpSum(sum);
-    if (lane == 0) {
-      unit[h] = largest > 0 ? exp2f(static_cast<float>(
-                                  static_cast<int>(__float_as_uint(largest) >> 23) - 127 - 11))
-                            : 1.0f;
-      query_sum[h] = sum;
-    }
-  }
-  __syncthreads();
-  MakeFragments<Traits<kRaw>::kHalfKeys>(query, unit, dim, steps, fragments);
-  if (plan.fragment_sets > 1) {
-    MakeFragments<Traits<kRecord>::kHalfKeys>(query, unit, dim, steps, record_fragments);
-  }
-  __syncthreads();
-
-  const BlockState b = {fragments, record_fragments, unit, query_sum, dim, steps, first_channel};
+  const BlockState b =
+      PrepareBlock<kRaw, kRecord>(query, shared, dim, steps, plan.fragment_sets, first_channel);
   Running<kChunks> run;
-#pragma unroll
-  for (int n = 0; n < kChunks * 8; ++n) {
-#pragma unroll
-    for (int i = 0; i < 4; ++i) run.output[n][i] = 0;
-  }
-  AttendAll<kRaw, kRecord, kChunks>(plan, pair, b, head_block, split, run);
+  Clear(run);
+  const int worker = split * kWarps + warp, workers = plan.splits * kWarps;
+  int turn = 0;
+  AttendRuns<kRaw>(pair.raw, pair.raw_runs, b, worker, workers, &turn, run);
+  const int records = pair.record_count == nullptr ? pair.record_tokens
+                                                   : min(*pair.record_count, pair.record_tokens);
+  AttendRecords<kRecord>(
+      pair.slot_base, plan.record_bytes, records, [&](int i) { return pair.slots[i]; },
+      [&](int i) {
+        return pair.head_masks == nullptr ? 0xffu : pair.head_masks[i] >> (head_block * 8);
+      },
+      b, worker, workers, turn, run);
 
   float* partials = query;  // the query itself is not read any more
   const int64_t partial_floats = plan.partial_floats;
