@@ -6,6 +6,7 @@ Without --ask it reads questions from the terminal. The file is prefilled once p
 """
 
 import argparse
+import shutil
 import sys
 
 import torch
@@ -15,19 +16,49 @@ import clusterkv.transformers as ckv
 
 
 class Meter(TextStreamer):
-    """Prints tokens as they come and the cache's figures beside them, on a terminal in place."""
+    """Prints the answer as it comes and, while it comes, what is held, recalled and hit: on a terminal in a
+    line of its own under the answer, elsewhere every 16 tokens on stderr."""
 
     def __init__(self, tokenizer, cache):
         super().__init__(tokenizer, skip_prompt=True)
-        self.cache = cache
+        self.cache, self.line, self.tokens = cache, "", 0
+        self.terminal = sys.stdout.isatty()
+
+    def figures(self) -> str:
+        s = self.cache.stats()
+        return (f"  {self.tokens} tokens · held {s['held_bytes'] / 2**20:.1f} of "
+                f"{s['full_bytes'] / 2**20:.1f} MiB ({s['held_bytes'] / max(1, s['full_bytes']):.1%}) · "
+                f"recalled {s['recalled_tokens']:.0f} records, {s['recalled_bytes'] / 2**10:.0f} KiB · "
+                f"answered {s['state_bytes'] / 2**10:.0f} KiB · hits {s['hit_rate']:.0%}")
+
+    def put(self, value):
+        prompt = self.next_tokens_are_prompt
+        super().put(value)
+        if prompt:
+            return
+        self.tokens += 1
+        if not self.terminal and self.tokens % 16 == 0:
+            print(self.figures(), file=sys.stderr, flush=True)
+
+    def on_finalized_text(self, text, stream_end=False):
+        if not self.terminal:
+            print(text, end="\n" if stream_end else "", flush=True)
+            return
+        columns = shutil.get_terminal_size().columns - 1
+        for character in text:
+            if character == "\n" or len(self.line) >= columns:
+                print(f"\r\033[K{self.line}")
+                self.line = ""
+            self.line += character.replace("\n", "")
+        figures = self.figures()[:columns]
+        # Line and figures, then back up to the line's end; at the end the cursor stays below both.
+        back = "\n" if stream_end else f"\033[A\r\033[{len(self.line)}C" if self.line else "\033[A\r"
+        print(f"\r\033[K{self.line}\n\033[K{figures}{back}", end="", flush=True)
 
     def end(self):
         super().end()
-        s = self.cache.stats()
-        print(f"\n  held {s['held_bytes'] / 2**20:.1f} MiB of {s['full_bytes'] / 2**20:.1f} MiB "
-              f"({s['held_bytes'] / max(1, s['full_bytes']):.1%}) · recalled {s['recalled_tokens']:.0f} tokens, "
-              f"{s['recalled_bytes'] / 2**10:.0f} KiB · states {s['state_bytes'] / 2**10:.0f} KiB · "
-              f"hits {s['hit_rate']:.0%}", file=sys.stderr)
+        if not self.terminal:
+            print(self.figures(), file=sys.stderr, flush=True)
 
 
 def main():

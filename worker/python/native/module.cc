@@ -71,8 +71,14 @@ absl::Span<const float> Floats(const nb::ndarray<const float, nb::c_contig, nb::
 
 class Connection {
  public:
-  Connection(const std::string& target, const std::string& worker_name, double timeout_seconds) {
+  Connection(const std::string& target, const std::string& worker_name, double timeout_seconds,
+             const std::string& tls_ca, const std::string& tls_cert, const std::string& tls_key,
+             const std::string& tls_server_name) {
     ClientOptions options;
+    options.tls = {.ca_file = tls_ca,
+                   .certificate_file = tls_cert,
+                   .key_file = tls_key,
+                   .server_name = tls_server_name};
     options.worker_name = worker_name;
     options.call_timeout = absl::Seconds(timeout_seconds);
     absl::StatusOr<std::unique_ptr<Client>> client;
@@ -197,6 +203,7 @@ class Decoder {
         sum.recalled_tokens += figures.recalled_tokens;
         sum.recalled_bytes += figures.recalled_bytes;
         sum.state_bytes += figures.state_bytes;
+        sum.correction_bytes += figures.correction_bytes;
         sum.hits += figures.hits;
         sum.select_us += figures.select_us;
         sum.recall_us += figures.recall_us;
@@ -208,6 +215,7 @@ class Decoder {
     dict["recalled_tokens"] = sum.recalled_tokens;
     dict["recalled_bytes"] = sum.recalled_bytes;
     dict["state_bytes"] = sum.state_bytes;
+    dict["correction_bytes"] = sum.correction_bytes;
     dict["hits"] = sum.hits;
     dict["select_us"] = sum.select_us;
     dict["recall_us"] = sum.recall_us;
@@ -231,8 +239,11 @@ class Decoder {
 
 NB_MODULE(_native, m) {
   nb::class_<Connection>(m, "Connection")
-      .def(nb::init<const std::string&, const std::string&, double>(), nb::arg("target"),
-           nb::arg("worker_name") = "python", nb::arg("timeout") = 30.0)
+      .def(nb::init<const std::string&, const std::string&, double, const std::string&,
+                    const std::string&, const std::string&, const std::string&>(),
+           nb::arg("target"), nb::arg("worker_name") = "python", nb::arg("timeout") = 30.0,
+           nb::kw_only(), nb::arg("tls_ca") = "", nb::arg("tls_cert") = "", nb::arg("tls_key") = "",
+           nb::arg("tls_server_name") = "")
       .def("open", &Connection::Open, nb::arg("request"))
       .def("release", &Connection::Release, nb::arg("handle"))
       .def("reconnect", &Connection::Reconnect, nb::arg("timeout"));

@@ -6,6 +6,7 @@ import signal
 import socket
 import subprocess
 import time
+from collections.abc import Sequence
 
 import pytest
 
@@ -19,8 +20,8 @@ def free_port() -> int:
 
 
 class Server:
-    def __init__(self, program: str, arena: str = "256MiB"):
-        self.program, self.arena = program, arena
+    def __init__(self, program: str, arena: str = "256MiB", flags: Sequence[str] = ()):
+        self.program, self.arena, self.flags = program, arena, flags
         self.port, self.admin_port = free_port(), free_port()
         self.start()
 
@@ -35,7 +36,7 @@ class Server:
     def start(self) -> None:
         self.process = subprocess.Popen(
             [self.program, f"--listen={self.target}", f"--admin_listen={self.admin_target}",
-             f"--arena_bytes={self.arena}", "--log_level=warning"])
+             f"--arena_bytes={self.arena}", "--log_level=warning", *self.flags])
         for _ in range(200):
             with socket.socket() as s:
                 if s.connect_ex(("127.0.0.1", self.port)) == 0:

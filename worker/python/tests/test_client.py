@@ -122,7 +122,47 @@ def test_the_asyncio_client_does_the_same(server):
             results = await asyncio.gather(*(client.select(sequence, i % 2, queries) for i in range(8)))
             assert len({r.selection_digest for r in results}) == 2
             assert [s.handle.name async for s in client.list()] == ["aio"]
+            # Streams answer each request in order, and as the unary calls do.
+            requests = [_calls.select_request(sequence, i, queries) for i in (0, 1, 0)]
+            streamed = [r.results[0] async for r in client.stream_select(requests)]
+            assert [r.selection_digest for r in streamed] == [
+                results[i].selection_digest for i in (0, 1, 0)]
+            batch = await client.select_batch(pb.SelectClustersRequest(
+                items=[requests[0].items[0], requests[1].items[0]]))
+            assert [r.selection_digest for r in batch.results] == [
+                results[i].selection_digest for i in (0, 1)]
             with pytest.raises(clusterkv.NotFoundError):
                 await client.get("other")
+
+    asyncio.run(run())
+
+
+def test_the_streams_of_the_sync_client_answer_in_order(server):
+    with clusterkv.Client(server.target) as client:
+        sequence, _ = filled(client, "stream")
+        queries = np.ones((4, 32), np.float32)
+        alone = [client.select(sequence, layer, queries) for layer in range(2)]
+        requests = (_calls.select_request(sequence, layer, queries) for layer in (1, 0, 1))
+        digests = [r.results[0].selection_digest for r in client.stream_select(requests)]
+        assert digests == [alone[layer].selection_digest for layer in (1, 0, 1)]
+
+
+def test_a_session_and_the_admin_port_by_asyncio(server):
+    async def run():
+        async with aio.Client(server.target) as client, aio.AdminClient(server.admin_target) as admin:
+            async with client.session("pytest-aio") as session:
+                assert session.id and session.boot_id and session.alive
+                await client.open("owned", prompt_tokens=100, session_id=session.id, **SHAPE)
+                verdict = await admin.verify_ledger(checksums=True)
+                assert verdict.balanced and not verdict.problems
+                await admin.evict("owned", force=True)
+                with pytest.raises(clusterkv.NotFoundError):
+                    await client.get("owned")
+            assert not session.alive
+            await admin.drain()
+            with pytest.raises(clusterkv.UnavailableError) as error:
+                async with client.session("late"):
+                    pass
+            assert error.value.reason == "DRAINING"
 
     asyncio.run(run())

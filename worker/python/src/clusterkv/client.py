@@ -127,6 +127,10 @@ class Client:
     def attach(self, request: pb.AttachRequest, *, timeout: float | None = None) -> pb.AttachResponse:
         return self._call(self._cache.Attach, request, timeout)
 
+    def connect_link(self, request: pb.ConnectLinkRequest, *,
+                     timeout: float | None = None) -> pb.ConnectLinkResponse:
+        return self._call(self._cache.ConnectLink, request, timeout)
+
     def detach(self, attachment_id: int, *, timeout: float | None = None) -> None:
         self._call(self._cache.Detach, pb.DetachRequest(attachment_id=attachment_id), timeout)
 
@@ -154,6 +158,15 @@ class Client:
         request = pb.RecallClustersRequest(sequence=_calls.handle(sequence), layer=layer, heads=[
             pb.RecallClustersRequest.Head(kv_head=h, positions=p) for h, p in positions.items()])
         return _calls.grouped(self._stream(self._cache.RecallClusters, request, timeout))
+
+    def stream_select(self, requests: Iterable[pb.SelectClustersRequest], *, timeout: float | None = None
+                      ) -> Iterator[pb.SelectClustersResponse]:
+        """One stream for many steps: an answer per request, in order."""
+        return self._stream(self._cache.StreamSelect, iter(requests), timeout)
+
+    def stream_select_and_recall(self, requests: Iterable[pb.SelectAndRecallRequest], *,
+                                 timeout: float | None = None) -> Iterator[pb.SelectAndRecallResponse]:
+        return self._stream(self._cache.StreamSelectAndRecall, iter(requests), timeout)
 
     def append(self, request: pb.AppendKvRequest, *, timeout: float | None = None) -> pb.AppendKvResponse:
         return self._call(self._cache.AppendKv, request, timeout)

@@ -83,7 +83,9 @@ class ClusterKVCache(Cache):
     None: the preset's); ``codec`` "raw" or "k8v4"; ``hot_tokens``: what the decode side keeps of earlier
     recalls, per KV head and layer; ``max_decode_tokens``: memory reserved for generated tokens;
     ``index`` and ``select``: further fields of IndexConfig and SelectConfig; ``hot_policy``: "token_lru",
-    "cluster_lru" or "last_steps".
+    "cluster_lru" or "last_steps"; ``tls_ca``, ``tls_cert``, ``tls_key``: PEM files as for ``ckv``, the last
+    two where the server asks for a certificate; ``tls_server_name``: the name in the server's, if not the
+    target's host.
 
     Raises UnsupportedError for models, layers and generation modes (beam search) that it cannot serve.
     """
@@ -92,7 +94,8 @@ class ClusterKVCache(Cache):
                  codec: str = "raw", hot_tokens: int = 256, dense_layers: int = 2,
                  max_decode_tokens: int = 4096, window_tokens: int | None = None,
                  hot_policy: str = "token_lru", name: str | None = None, timeout: float = 60.0,
-                 index: dict[str, Any] | None = None, select: dict[str, Any] | None = None):
+                 index: dict[str, Any] | None = None, select: dict[str, Any] | None = None,
+                 tls_ca: str = "", tls_cert: str = "", tls_key: str = "", tls_server_name: str = ""):
         from clusterkv import _native
 
         config = config.get_text_config(decoder=True) if hasattr(config, "get_text_config") else config
@@ -103,7 +106,9 @@ class ClusterKVCache(Cache):
         self.query_heads = config.num_attention_heads
         self.head_dim = getattr(config, "head_dim", None) or config.hidden_size // self.query_heads
         self._native = _native
-        self._connection = _native.Connection(server, worker_name="transformers", timeout=timeout)
+        self._connection = _native.Connection(
+            server, worker_name="transformers", timeout=timeout, tls_ca=tls_ca, tls_cert=tls_cert,
+            tls_key=tls_key, tls_server_name=tls_server_name)
         self._name = name or f"hf-{uuid.uuid4().hex[:12]}"
         self._open = {"preset": preset, "budget": budget, "codec": codec,
                       "max_decode_tokens": max_decode_tokens, "index": dict(index or {}),
@@ -243,15 +248,16 @@ class ClusterKVCache(Cache):
 
     def stats(self) -> dict[str, float]:
         """Sums over rows, layers, heads and steps: exact_tokens, recalled_tokens, recalled_bytes,
-        state_bytes, select_us, recall_us; hit_rate; held_bytes (of this worker now, dense layers left
-        out) and full_bytes (what a full cache of the same layers would hold)."""
+        state_bytes (all that was answered for tokens) and correction_bytes (the part of it that makes up
+        for a codec's loss), select_us, recall_us; hit_rate; held_bytes (of this worker now, dense layers
+        left out) and full_bytes (what a full cache of the same layers would hold)."""
         figures = self._figures
         exact = figures.get("exact_tokens", 0)
         length = max((layer.length for layer in self.layers if isinstance(layer, _RemoteLayer)), default=0)
         full = sum(length - pad for pad in self._padding)
         return {**{name: figures.get(name, 0) for name in (
-                    "exact_tokens", "recalled_tokens", "recalled_bytes", "state_bytes", "select_us",
-                    "recall_us")},
+                    "exact_tokens", "recalled_tokens", "recalled_bytes", "state_bytes",
+                    "correction_bytes", "select_us", "recall_us")},
                 "hit_rate": figures.get("hits", 0) / exact if exact else 0.0,
                 "held_bytes": sum(decoder.held_bytes for decoder in self._decoders),
                 "full_bytes": full * 2 * self.kv_heads * self.head_dim * self._element_bytes *

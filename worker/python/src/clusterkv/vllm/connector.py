@@ -76,7 +76,7 @@ class ClusterKVConnector(KVConnectorBase_V1):
                 dtype=model.dtype, block_size=self._block_size)
             set_worker(self._worker)
         else:
-            self._client = Client(self.options.server, timeout=self.options.timeout)
+            self._client = self.options.client()
             self._directory = Directory(self._client, self._namespace)
             self._requests: dict[str, _Request] = {}
             self._waiting_since: dict[str, float] = {}

@@ -17,7 +17,7 @@ import numpy as np
 import torch
 
 from clusterkv import _calls
-from clusterkv.client import Client
+from clusterkv.client import Client, tls
 from clusterkv.errors import AlreadyExistsError, ClusterKVError
 from clusterkv.v1 import cache_service_pb2 as pb
 from clusterkv.v1 import types_pb2 as types
@@ -38,6 +38,13 @@ class Options:
     ttl_seconds: float = 600.0   # life of a stored prompt after its last use
     wait_s: float = 10.0         # how long a request waits for a prompt that is being stored
     timeout: float = 60.0
+    tls_ca: str = ""             # PEM files, as for ckv; the next two where the server asks for a certificate
+    tls_cert: str = ""
+    tls_key: str = ""
+
+    def client(self) -> Client:
+        credentials = tls(self.tls_ca, self.tls_cert or None, self.tls_key or None) if self.tls_ca else None
+        return Client(self.server, timeout=self.timeout, credentials=credentials)
 
 
 @dataclasses.dataclass
@@ -73,7 +80,7 @@ class Worker:
         self._stores: dict[str, _Store] = {}
         self._decoders: dict[str, Any] = {}
         self._seals: list[threading.Thread] = []
-        self._client = Client(options.server, timeout=options.timeout)
+        self._client = options.client()
         self._connection: Any = None
 
     # --- one engine step
@@ -174,8 +181,10 @@ class Worker:
         from clusterkv import _native
 
         if self._connection is None:
-            self._connection = _native.Connection(self.options.server, worker_name="vllm",
-                                                  timeout=self.options.timeout)
+            options = self.options
+            self._connection = _native.Connection(
+                options.server, worker_name="vllm", timeout=options.timeout, tls_ca=options.tls_ca,
+                tls_cert=options.tls_cert, tls_key=options.tls_key)
         return self._connection
 
     def _attach(self, step: Step, kv_caches: dict[int, torch.Tensor]) -> None:
