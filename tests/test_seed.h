@@ -1,4 +1,5 @@
-// The seed of a randomised test: printed, and set by the environment to repeat a failure.
+// Randomised tests: their seed, printed, and set by the environment to repeat a failure; and how
+// many operations those with a model make.
 #ifndef CLUSTERKV_TESTS_TEST_SEED_H_
 #define CLUSTERKV_TESTS_TEST_SEED_H_
 
@@ -15,6 +16,12 @@ inline uint64_t TestSeed(uint64_t otherwise) {
   std::cout << "CLUSTERKV_TEST_SEED=" << seed << std::endl;
   return seed;
 }
+
+#ifdef CLUSTERKV_SANITIZED
+inline constexpr int64_t kFuzzOperations = 100'000;  // ten to thirty times slower there
+#else
+inline constexpr int64_t kFuzzOperations = 1'000'000;
+#endif
 
 }  // namespace clusterkv
 

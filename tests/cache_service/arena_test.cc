@@ -439,13 +439,13 @@ class ArenaModel {
 TEST(ArenaFuzzTest, AMillionOperationsAgreeWithTheModel) {
   const uint64_t seed = TestSeed(20240607);
   ArenaModel model(seed);
-  for (int64_t i = 0; i < 1'000'000; ++i) {
+  for (int64_t i = 0; i < kFuzzOperations; ++i) {
     model.Step();
     if (i % 97 == 0) model.Check();
     if (::testing::Test::HasFatalFailure()) FAIL() << "operation " << i << ", seed " << seed;
   }
   model.Check();
-  EXPECT_GT(model.allocations(), 50'000) << "the arena was full most of the time";
+  EXPECT_GT(model.allocations(), kFuzzOperations / 20) << "the arena was full most of the time";
 }
 
 }  // namespace

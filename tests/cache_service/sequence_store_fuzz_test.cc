@@ -445,16 +445,16 @@ class StoreModel {
 TEST(SequenceStoreFuzzTest, AMillionOperationsAgreeWithTheModel) {
   const uint64_t seed = TestSeed(20240607);
   StoreModel model(seed);
-  for (int64_t i = 0; i < 1'000'000; ++i) {
+  for (int64_t i = 0; i < kFuzzOperations; ++i) {
     model.Step();
     if (i % 499 == 0) model.Check();
     if (::testing::Test::HasFatalFailure()) FAIL() << "operation " << i << ", seed " << seed;
   }
   model.Check();
   // The store was neither empty nor stuck.
-  EXPECT_GT(model.evictions(), 1000);
-  EXPECT_GT(model.appended(), 10'000);
-  EXPECT_GT(model.forks(), 1000);
+  EXPECT_GT(model.evictions(), kFuzzOperations / 1000);
+  EXPECT_GT(model.appended(), kFuzzOperations / 100);
+  EXPECT_GT(model.forks(), kFuzzOperations / 1000);
   std::cout << model.evictions() << " evictions, " << model.appended() << " tokens appended, "
             << model.forks() << " forks\n";
 }

@@ -398,7 +398,6 @@ TEST(HotCacheFuzzTest, AgreesWithTheModelOverAMillionOperations) {
   const uint64_t seed = TestSeed(20250207);
   const std::vector<std::pair<int64_t, int64_t>> sizes = {{0, 3}, {1, 1}, {2, 7},
                                                           {5, 3}, {7, 7}, {48, 12}};
-  constexpr int kOperations = 1'000'000;
   std::mt19937_64 seeds(seed);
   int runs = 0;
   for (const HotCachePolicy policy :
@@ -407,7 +406,7 @@ TEST(HotCacheFuzzTest, AgreesWithTheModelOverAMillionOperations) {
       SCOPED_TRACE(testing::Message() << "policy " << static_cast<int>(policy) << " capacity "
                                       << capacity << " step " << step);
       Fuzz fuzz({policy, capacity, step, 1 + runs++ % 3}, seeds());
-      fuzz.Run(kOperations / 18 + 1);
+      fuzz.Run(kFuzzOperations / 18 + 1);
       ASSERT_FALSE(HasFailure());
     }
   }
