@@ -1,7 +1,8 @@
 #!/usr/bin/env bash
 # Installs what is missing, builds, and runs every test that needs no GPU: first the release build
-# (or another preset), then the suite again under clang's thread-safety analysis, AddressSanitizer
-# with the fuzz targets and ThreadSanitizer, clang-tidy, and the compilation of all CUDA code.
+# (or another preset) with all CUDA code compiled and linked, then the suite again under
+# AddressSanitizer with the fuzz targets (whose compiler, clang, checks the lock annotations too:
+# what the preset thread-safety does alone) and under ThreadSanitizer, and clang-tidy.
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 
@@ -9,7 +10,7 @@ usage() {
   cat <<'END'
 Usage: tests/run.sh [--preset=NAME] [--quick] [--jobs=N]
   --preset=NAME  the first build: release (default), dev, asan, tsan, thread-safety
-  --quick        only that one
+  --quick        only that one, with CUDA code where there is a CUDA compiler
   --jobs=N       compilers and tests at a time (default: one per processor)
 END
 }
@@ -51,10 +52,10 @@ run_tests() {
   ${fixed[@]+"${fixed[@]}"} ctest --preset "$1" -j "$jobs" -LE gpu --output-junit ctest.xml
 }
 
-run_preset() {  # returns 1 where a step failed, having told so
-  local name=$1
+run_preset() {  # NAME CUDA: returns 1 where a step failed, having told so
+  local name=$1 cuda=$2
   # Named, because the quickstart may have configured this folder without tests.
-  try_step "$name: configure" cmake --preset "$name" -DCLUSTERKV_TESTS=ON \
+  try_step "$name: configure" cmake --preset "$name" -DCLUSTERKV_TESTS=ON "-DCLUSTERKV_CUDA=$cuda" \
     "-DCLUSTERKV_BENCH=$([ "$name" = release ] && echo ON || echo OFF)" || return 1
   try_step "$name: build" cmake --build --preset "$name" -j "$jobs" || return 1
   local status=0
@@ -64,27 +65,29 @@ run_preset() {  # returns 1 where a step failed, having told so
 }
 
 presets=("$preset")
+failed=()
+cuda=AUTO
 if [ -z "$quick" ]; then
-  for other in thread-safety asan tsan; do
+  for other in asan tsan; do
     [ "$other" = "$preset" ] || presets+=("$other")
   done
+  # It compiles and links; what needs a GPU is run by tests/gpu/run.sh.
+  if try_step "cuda: compiler" tests/cuda_toolchain.sh; then
+    CUDACXX=$(tests/cuda_toolchain.sh)
+    export CUDACXX
+    cuda=ON
+  else
+    failed+=(cuda)
+  fi
 fi
-failed=()
-# Compiles and links; what needs a GPU is run by tests/gpu/run.sh.
-run_cuda() {
-  local nvcc
-  nvcc=$(tests/cuda_toolchain.sh) || return
-  CUDACXX=$nvcc cmake --preset cuda -DCLUSTERKV_TESTS=ON && cmake --build --preset cuda -j "$jobs"
-}
-
 for name in "${presets[@]}"; do
-  run_preset "$name" || failed+=("$name")
+  run_preset "$name" "$cuda" || failed+=("$name")
+  cuda=OFF
 done
 if [ -z "$quick" ]; then
-  # With the compile commands of clang's own preset.
-  try_step "clang-tidy" tests/style/tidy.py --build=build/thread-safety --jobs="$jobs" ||
+  # With the compile commands of a build by clang.
+  try_step "clang-tidy" tests/style/tidy.py --build=build/asan --jobs="$jobs" ||
     failed+=(clang-tidy)
-  try_step "cuda: build" run_cuda || failed+=(cuda)
 fi
 steps_table
 if [ ${#failed[@]} -gt 0 ]; then

@@ -1,7 +1,7 @@
 #!/usr/bin/env python3
 """Runs clang-tidy over every .cc of the project's folders that a build folder compiles.
 
-Usage: tidy.py [--build=build/thread-safety] [--jobs=N] [FILE...]
+Usage: tidy.py [--build=build/asan] [--jobs=N] [FILE...]
 A file that passed is not looked at again until it, a header that it includes, its flags, .clang-tidy
 or clang-tidy itself changes: what passed is remembered by a hash of all these in CLUSTERKV_TIDY_CACHE
 (default: ~/.cache/clusterkv-tidy). Exit code 1: a finding.
@@ -93,7 +93,7 @@ def check(name, entry, build, version, cache):
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__.split("\n", maxsplit=1)[0])
-    parser.add_argument("--build", type=pathlib.Path, default=ROOT / "build/thread-safety")
+    parser.add_argument("--build", type=pathlib.Path, default=ROOT / "build/asan")
     parser.add_argument("--jobs", type=int, default=os.cpu_count())
     parser.add_argument("files", nargs="*")
     options = parser.parse_args()
