@@ -276,4 +276,10 @@ int64_t Attachments::size() const {
   return static_cast<int64_t>(attachments_.size());
 }
 
+int64_t Attachments::of_sessions() const {
+  absl::MutexLock lock(&mutex_);
+  return std::count_if(attachments_.begin(), attachments_.end(),
+                       [](const auto& entry) { return entry.second->session_id != 0; });
+}
+
 }  // namespace clusterkv::cache_service

@@ -132,6 +132,7 @@ class Attachments {
   std::vector<std::shared_ptr<Attachment>> Expire();
   void Clear();
   int64_t size() const;
+  int64_t of_sessions() const;  // those that end with a session
 
  private:
   std::vector<std::shared_ptr<Attachment>> TakeIf(

@@ -402,6 +402,9 @@ const std::vector<ConfigField>& ConfigFields() {
       {"tenants", "", "who shares the server, each with its quotas; in the file alone"},
       {"admin_identities", "",
        "certificates' identities that the admin port serves, comma-separated; empty: all"},
+      {"shards_file", "",
+       "lines \"NAME HOST:PORT\" of all shards, read again when it changes; empty: there is one"},
+      {"shard_name", "", "of this one, in shards_file; empty: the host's name"},
   };
   return fields;
 }
@@ -494,6 +497,11 @@ absl::StatusOr<Config> ResolveConfig(const v1::ServerConfig& message, const Conf
   config.max_connections =
       check.Number("max_connections", message.max_connections(), 1024, 1, 1 << 20);
   ResolveLog(message, check, &config);
+  config.shards_file = message.shards_file();
+  config.shard_name = message.shard_name();
+  if (config.shards_file.empty() && !config.shard_name.empty()) {
+    check.Fail("shards_file", "a file, as shard_name is set", "none");
+  }
   config.reflection = !message.no_reflection();
   if (!check.status().ok()) return check.status();
   return config;

@@ -40,6 +40,8 @@ struct Config {
   std::string device = "cpu";                 // as MakeShardDevice takes it
   std::vector<TenantOptions> tenants;         // empty: everybody is one and the same
   std::vector<std::string> admin_identities;  // empty: all
+  std::string shards_file;                    // as ShardList::Load takes it; empty: one shard
+  std::string shard_name;                     // empty: the host's name
   ShardOptions shard;
   absl::Duration spin = absl::ZeroDuration();
   int network_threads = 0;  // 0: as gRPC chooses; process-wide, set by the program

@@ -1,5 +1,6 @@
 #include "cache_service/sequence_store.h"
 
+#include <algorithm>
 #include <chrono>
 #include <utility>
 
@@ -51,6 +52,15 @@ SequenceIdentity SequenceStore::NewIdentity(const std::string& name) {
 int64_t SequenceStore::size() const {
   absl::MutexLock lock(&mutex_);
   return static_cast<int64_t>(sequences_.size());
+}
+
+bool SequenceStore::Filling() const {
+  absl::MutexLock lock(&mutex_);
+  return std::any_of(sequences_.begin(), sequences_.end(), [](const auto& entry) {
+    const v1::SequenceState state = entry.second->state();
+    return entry.second->session_id.load() != 0 && state != v1::SEQUENCE_STATE_READY &&
+           state != v1::SEQUENCE_STATE_APPENDING;
+  });
 }
 
 // --- finding

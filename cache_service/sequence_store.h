@@ -63,6 +63,8 @@ class SequenceStore : public RoomMaker {
   // Ends everything.
   void Clear(const absl::Status& reason);
   int64_t size() const;
+  // A session's sequence is not sealed yet.
+  bool Filling() const;
 
  private:
   absl::Status CheckName(const std::string& name) const;

@@ -112,6 +112,7 @@ struct Server::Impl {
   // The shard's last answers still go by the tenants' views of it: they end after it.
   std::unique_ptr<Tenants> tenants;
   // In the order of construction: what stands below uses what stands above.
+  std::unique_ptr<ShardList> shards;  // null: there are no others
   std::unique_ptr<Shard> shard;
   std::unique_ptr<CacheServiceRpc> cache_service;
   std::unique_ptr<SessionServiceRpc> session_service;
@@ -143,6 +144,10 @@ absl::Status Server::Impl::Start(const Config& config) {
   if (!config.tenants.empty()) {
     tenants = std::make_unique<Tenants>(config.tenants, shard.get());
     rpc.tenants = tenants.get();
+  }
+  if (!config.shards_file.empty()) {
+    CKV_ASSIGN_OR_RETURN(shards, ShardList::Load(config.shards_file, config.shard_name));
+    rpc.shards = shards.get();
   }
   rpc.admin_identities = config.admin_identities;
   rpc.metrics = &metrics;
@@ -274,7 +279,7 @@ bool Server::Drain() {
   absl::SleepFor(impl_->drain_delay);
   impl_->BeginDrain();
   const absl::Time limit = absl::Now() + impl_->drain_timeout;
-  while (!impl_->shard->Idle()) {
+  while (!impl_->shard->Idle() || impl_->shard->InUse()) {
     if (absl::Now() >= limit) return false;
     absl::SleepFor(kDrainPoll);
   }

@@ -53,7 +53,8 @@ class Server {
   // not block; idempotent.
   void BeginDrain();
   // The whole orderly end but Shutdown: NOT_SERVING, drain_delay, BeginDrain, then waits until
-  // nothing is queued or running, up to drain_timeout. Returns whether it got there. Blocks.
+  // nothing is queued or running and no session uses a sequence (Shard::InUse), up to
+  // drain_timeout. Returns whether it got there. Blocks.
   bool Drain();
   // Ends open streams with DRAINING, gives other calls `grace` to end, and closes everything.
   // Blocks; idempotent.

@@ -248,6 +248,7 @@ class ShardImpl : public Shard {
   }
   bool draining() const override { return draining_.load(); }
   bool Idle() const override { return executors_->Idle(); }
+  bool InUse() const override { return attachments_.of_sessions() > 0 || store_.Filling(); }
 
   v1::Stats GetStats() override;
 

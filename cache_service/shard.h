@@ -211,6 +211,8 @@ class Shard {
   virtual bool draining() const = 0;
   // Nothing queued or running any more.
   virtual bool Idle() const = 0;
+  // A live session fills a sequence or is attached to one.
+  virtual bool InUse() const = 0;
   virtual v1::Stats GetStats() = 0;
   virtual v1::VerifyLedgerResponse VerifyLedger(bool checksums) = 0;
   // Counts an error that left through an RPC, for stats and metrics.

@@ -222,6 +222,7 @@ class TenantShard : public Shard {
   void StartDrain() override { shard_.StartDrain(); }
   bool draining() const override { return shard_.draining(); }
   bool Idle() const override { return shard_.Idle(); }
+  bool InUse() const override { return shard_.InUse(); }
   v1::VerifyLedgerResponse VerifyLedger(bool checksums) override {
     return shard_.VerifyLedger(checksums);
   }

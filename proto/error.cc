@@ -32,6 +32,7 @@ absl::StatusCode CodeOf(v1::ErrorReason reason) {
     case v1::LAYER_NOT_READY:
     case v1::SEQUENCE_NOT_READY:
     case v1::APPEND_OUT_OF_ORDER:
+    case v1::NOT_OWNER:
       return absl::StatusCode::kFailedPrecondition;
     case v1::SEQUENCE_NOT_FOUND:
     case v1::ATTACHMENT_NOT_FOUND:

@@ -10,6 +10,7 @@
 #include "absl/strings/str_cat.h"
 #include "absl/time/clock.h"
 #include "kernels/base/status_macros.h"
+#include "proto/error.h"
 #include "proto/grpc_status.h"
 #include "worker/session_stream.h"
 #include "worker/transport_failure.h"
@@ -98,8 +99,13 @@ absl::StatusOr<std::unique_ptr<Client>> Client::Connect(std::shared_ptr<grpc::Ch
   impl->options = options;
   impl->channel = channel;
   impl->cache = v1::CacheService::NewStub(channel);
-  const absl::Time deadline = absl::Now() + options.call_timeout;
+  const bool as_calls = options.connect_timeout == absl::ZeroDuration();
+  const absl::Time deadline =
+      absl::Now() + (as_calls ? options.call_timeout : options.connect_timeout);
   CKV_ASSIGN_OR_RETURN(impl->server_info, impl->WaitForServer(deadline));
+  if (options.session && impl->server_info.draining()) {
+    return Error(v1::DRAINING, "the server is draining and takes no new sessions");
+  }
   if (options.session) {
     impl->session =
         std::make_unique<SessionStream>(channel, options.worker_name, options.on_notice);
@@ -138,7 +144,15 @@ std::unique_ptr<grpc::ClientContext> Client::MakeContext() const {
 }
 
 absl::StatusOr<v1::Sequence> Client::OpenSequence(const v1::OpenSequenceRequest& request) {
-  return impl_->Call(&v1::CacheService::StubInterface::OpenSequence, request, call_timeout());
+  if (!impl_->options.open_here || request.without_shards_size() > 0) {
+    return impl_->Call(&v1::CacheService::StubInterface::OpenSequence, request, call_timeout());
+  }
+  v1::OpenSequenceRequest here = request;
+  const v1::ServerInfo info = server_info();
+  for (const v1::Shard& shard : info.shards()) {
+    if (shard.name() != info.shard()) here.add_without_shards(shard.name());
+  }
+  return impl_->Call(&v1::CacheService::StubInterface::OpenSequence, here, call_timeout());
 }
 
 absl::StatusOr<v1::Sequence> Client::SealSequence(const v1::SequenceHandle& sequence,

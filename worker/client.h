@@ -31,13 +31,17 @@ struct ClientOptions {
   std::string worker_name = "worker";
   bool session = true;  // keep a liveness session; its loss is told by errors and on_notice
   absl::Duration call_timeout = absl::Seconds(30);
+  absl::Duration connect_timeout = absl::ZeroDuration();  // of Connect; zero: call_timeout
+  // Where the server knows of other shards: sequences are opened here all the same, whoever owns
+  // them. False: NOT_OWNER names the owner (Shards, shards.h, goes there).
+  bool open_here = true;
   TlsOptions tls;  // of channels that the client makes itself
   std::function<void(const v1::SessionResponse::Notice&)> on_notice;  // may be null; must not block
 };
 
 class Client {
  public:
-  // Connects (waits up to call_timeout) and learns what the server is. target: "host:port" or
+  // Connects (waits up to connect_timeout) and learns what the server is. target: "host:port" or
   // "unix:path". Errors: Unavailable; as MakeCredentials; DRAINING when it takes no new session.
   static absl::StatusOr<std::unique_ptr<Client>> Connect(const std::string& target,
                                                          const ClientOptions& options = {});

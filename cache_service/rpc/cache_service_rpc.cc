@@ -96,6 +96,10 @@ grpc::ServerUnaryReactor* CacheServiceRpc::GetServerInfo(grpc::CallbackServerCon
     info->set_max_sequence_tokens(static_cast<uint32_t>(options.max_sequence_tokens));
     info->set_draining(caller.shard->draining());
     info->set_session_ttl_ms(static_cast<uint32_t>(absl::ToInt64Milliseconds(options.session_ttl)));
+    if (rpc_.shards != nullptr) {
+      info->set_shard(rpc_.shards->own_name());
+      for (v1::Shard& shard : rpc_.shards->Current()) *info->add_shards() = std::move(shard);
+    }
     return absl::OkStatus();
   });
 }
@@ -103,7 +107,10 @@ grpc::ServerUnaryReactor* CacheServiceRpc::GetServerInfo(grpc::CallbackServerCon
 grpc::ServerUnaryReactor* CacheServiceRpc::OpenSequence(grpc::CallbackServerContext* context,
                                                         const v1::OpenSequenceRequest* request,
                                                         v1::Sequence* sequence) {
-  return AnswerNow(rpc_, Method::kOpenSequence, context, [&](const Caller& caller) {
+  return AnswerNow(rpc_, Method::kOpenSequence, context, [&](const Caller& caller) -> absl::Status {
+    CKV_RETURN_IF_ERROR(
+        rpc_.CheckOwner(*caller.shard, request->name(),
+                        {request->without_shards().begin(), request->without_shards().end()}));
     return Encode(caller.shard->OpenSequence(*request), sequence);
   });
 }
@@ -155,9 +162,12 @@ grpc::ServerUnaryReactor* CacheServiceRpc::ForkSequence(grpc::CallbackServerCont
 grpc::ServerUnaryReactor* CacheServiceRpc::ReleaseSequence(
     grpc::CallbackServerContext* context, const v1::ReleaseSequenceRequest* request,
     v1::ReleaseSequenceResponse*) {
-  return AnswerNow(rpc_, Method::kReleaseSequence, context, [&](const Caller& caller) {
-    return caller.shard->Release(request->sequence());
-  });
+  const std::string& name = request->sequence().name();
+  return AnswerNow(rpc_, Method::kReleaseSequence, context,
+                   [&](const Caller& caller) -> absl::Status {
+                     CKV_RETURN_IF_ERROR(rpc_.CheckOwner(*caller.shard, name));
+                     return caller.shard->Release(request->sequence());
+                   });
 }
 
 grpc::ServerUnaryReactor* CacheServiceRpc::Attach(grpc::CallbackServerContext* context,

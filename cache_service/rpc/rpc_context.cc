@@ -70,6 +70,14 @@ absl::Status IdentityRefused(const std::vector<std::string>& identities, const c
                {{"field", "identity"}, {"expected", expected}, {"got", got}});
 }
 
+absl::Status NotOwner(const std::string& sequence, const v1::Shard& owner) {
+  return Error(
+      v1::NOT_OWNER,
+      "sequence " + sequence + " is not here; it belongs to shard " + owner.name() + " at " +
+          owner.address(),
+      {{"sequence", sequence}, {"ownerShard", owner.name()}, {"ownerAddress", owner.address()}});
+}
+
 }  // namespace
 
 absl::StatusOr<Caller> RpcContext::CallerOf(grpc::CallbackServerContext* context) const {
@@ -109,6 +117,28 @@ absl::StatusOr<Shard*> RpcContext::ShardOf(const std::string& tenant) const {
                {{"field", "tenant"}, {"expected", "one that is configured"}, {"got", tenant}});
 }
 
+absl::Status RpcContext::CheckOwner(Shard& shard, const std::string& sequence,
+                                    const std::vector<std::string>& without) const {
+  if (shards == nullptr) return absl::OkStatus();
+  const std::optional<v1::Shard> owner = shards->OtherOwner(sequence, without);
+  if (!owner.has_value()) return absl::OkStatus();
+  v1::SequenceHandle handle;
+  handle.set_name(sequence);
+  const absl::Status held = shard.GetSequence(handle).status();
+  if (held.ok() || ReasonOf(held) != v1::SEQUENCE_NOT_FOUND) return absl::OkStatus();
+  return NotOwner(sequence, *owner);
+}
+
+absl::Status RpcContext::Placed(const absl::Status& status) const {
+  if (status.ok() || shards == nullptr || ReasonOf(status) != v1::SEQUENCE_NOT_FOUND) return status;
+  for (const auto& [key, sequence] : MetadataOf(status)) {
+    if (key != "sequence") continue;
+    const std::optional<v1::Shard> owner = shards->OtherOwner(sequence);
+    return owner.has_value() ? NotOwner(sequence, *owner) : status;
+  }
+  return status;
+}
+
 v1::Stats RpcContext::Stats() const {
   v1::Stats stats = shard->GetStats();
   metrics->AddTo(&stats);
@@ -136,7 +166,8 @@ RpcCall::RpcCall(const RpcContext& rpc, Method method)
 
 RpcCall::~RpcCall() { CKV_CHECK(ended_) << "a call was dropped: " << MethodName(method_); }
 
-grpc::Status RpcCall::End(const absl::Status& status) {
+grpc::Status RpcCall::End(const absl::Status& answer) {
+  const absl::Status status = rpc_.Placed(answer);
   CKV_CHECK(!ended_) << "answered twice: " << MethodName(method_);
   ended_ = true;
   if (!status.ok()) rpc_.CountError(method_, status);

@@ -24,6 +24,7 @@
 #include "absl/time/clock.h"
 #include "absl/time/time.h"
 #include "cache_service/shard.h"
+#include "cache_service/shard_list.h"
 #include "cache_service/telemetry/server_metrics.h"
 #include "cache_service/tenants.h"
 
@@ -70,6 +71,7 @@ struct Caller {
 
 struct RpcContext {
   Shard* shard = nullptr;
+  ShardList* shards = nullptr;                // null: there are no others
   Tenants* tenants = nullptr;                 // null: everybody is one and the same
   std::vector<std::string> admin_identities;  // empty: all may call the admin service
   ServerMetrics* metrics = nullptr;
@@ -91,6 +93,13 @@ struct RpcContext {
   // Errors: INVALID_FIELD when there is no such tenant.
   absl::StatusOr<Shard*> ShardOf(const std::string& tenant) const;
 
+  // Refuses a call on a sequence that `shard` does not hold and another one owns, those of
+  // `without` left out. Errors: NOT_OWNER.
+  absl::Status CheckOwner(Shard& shard, const std::string& sequence,
+                          const std::vector<std::string>& without = {}) const;
+  // `status` as a client is told it: SEQUENCE_NOT_FOUND of what another shard owns is NOT_OWNER.
+  absl::Status Placed(const absl::Status& status) const;
+
   // The shard's figures and what the server counts itself.
   v1::Stats Stats() const;
   // Counts an error that goes out, be it an RPC's or an item's.
@@ -106,7 +115,7 @@ class RpcCall {
   ~RpcCall();
 
   // Counts the call, and the error if it is one, and turns it into what the wire carries.
-  grpc::Status End(const absl::Status& status);
+  grpc::Status End(const absl::Status& answer);
 
  private:
   const RpcContext& rpc_;

@@ -171,7 +171,7 @@ void EncodeSelection(const RpcContext& rpc, Method method, const ParsedSelect& p
   for (const absl::Status& parse_status : parsed.statuses) {
     v1::SelectResult* result = response->add_results();
     const SelectAnswer* item = parse_status.ok() ? &answer.items[call++] : nullptr;
-    const absl::Status& status = item == nullptr ? parse_status : item->status;
+    const absl::Status status = rpc.Placed(item == nullptr ? parse_status : item->status);
     if (!status.ok()) {
       *result->mutable_error() = ToRpcStatus(status);
       rpc.CountError(method, status);

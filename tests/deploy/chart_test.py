@@ -320,7 +320,7 @@ class ServerConfigTest(unittest.TestCase):
         written = set(re.findall(r"^(\w+)(?::| \{)", Rendered(ci="mtls").server_conf(),
                                  re.MULTILINE))
         # "cpu" is all there is; whoever asks for certificates wants them.
-        self.assertEqual(written, fields - {"device", "tls_client_certificate_optional"})
+        self.assertEqual(written, fields - {"device", "shard_name", "tls_client_certificate_optional"})
         plain = set(re.findall(r"^(\w+)(?::| \{)", Rendered().server_conf(), re.MULTILINE))
         self.assertEqual({name for name in written - plain if not name.startswith("tls_")},
                          {"health_listen", "tenants", "admin_identities"})

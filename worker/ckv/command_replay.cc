@@ -76,8 +76,8 @@ class ReplayCommand : public Command {
 
   absl::Status Run() override {
     if (absl::Status status = Interpret(); !status.ok()) return status;
-    auto client = ConnectClient(server_, /*session=*/true);
-    if (!client.ok()) return client.status();
+    auto places = Places::Connect(server_, /*session=*/true);
+    if (!places.ok()) return places.status();
     Progress progress("full attention");
     progress.Update(0, 1);
     const int threads = std::max(1u, std::min(4u, std::thread::hardware_concurrency()));
@@ -90,7 +90,7 @@ class ReplayCommand : public Command {
         progress.SetTitle(options.preset + ": " + std::string(stage));
         progress.Update(done, total);
       };
-      auto run = Replay(client->get(), *trace, options, show);
+      auto run = Replay(places->get(), *trace, options, show);
       if (!run.ok()) return run.status();
       runs.push_back(*std::move(run));
     }
@@ -174,7 +174,7 @@ class ReplayCommand : public Command {
     return WriteFile(svg_, ReplayPicture(runs, record * tokens));
   }
 
-  ServerFlags server_;
+  PlaceFlags server_;
   ReplayOptions options_;
   std::string codes_, metric_ = "auto", hot_policy_ = "token_lru", link_ = "auto", state_ = "fp16";
   bool compare_ = false;

@@ -41,17 +41,20 @@ class SeedCommand : public Command {
 
   absl::Status Run() override {
     CKV_RETURN_IF_ERROR(LoadTraces());
+    if (print_recall_ > 0 && !server_.servers.empty()) {
+      return UsageError("--print_recall is for one server: give --server");
+    }
     if (query_heads_ % kv_heads_ != 0 || head_dim_ % 16 != 0) {
       return UsageError("--query_heads must be a multiple of --kv_heads, --head_dim one of 16");
     }
     // No session: what is seeded outlives this command.
-    CKV_ASSIGN_OR_RETURN(auto client, ConnectClient(server_, /*session=*/false));
+    CKV_ASSIGN_OR_RETURN(const auto places, Places::Connect(server_, /*session=*/false));
     const absl::Time begin = absl::Now();
     {
       Progress progress("seed");
       for (int64_t i = 0; i < sequences_; ++i) {
         progress.Update(i, sequences_, Name(i));
-        CKV_RETURN_IF_ERROR(SeedOne(client.get(), i));
+        CKV_RETURN_IF_ERROR(SeedOne(places.get(), i));
       }
     }
     std::FILE* out = print_query_ || print_recall_ > 0 ? stderr : stdout;
@@ -61,7 +64,10 @@ class SeedCommand : public Command {
                  HumanBytes(static_cast<double>(bytes_)).c_str(),
                  HumanDuration(absl::Now() - begin).c_str());
     if (print_query_) std::printf("%s\n", QueryJson().dump().c_str());
-    if (print_recall_ > 0) CKV_RETURN_IF_ERROR(PrintRecalls(client.get()));
+    if (print_recall_ > 0) {
+      CKV_ASSIGN_OR_RETURN(const auto client, ConnectClient(server_, /*session=*/false));
+      CKV_RETURN_IF_ERROR(PrintRecalls(client.get()));
+    }
     return absl::OkStatus();
   }
 
@@ -95,10 +101,10 @@ class SeedCommand : public Command {
     return absl::OkStatus();
   }
 
-  absl::Status SeedOne(Client* client, int64_t i) {
+  absl::Status SeedOne(Places* places, int64_t i) {
     v1::SequenceHandle handle;
     handle.set_name(Name(i));
-    if (replace_) CKV_RETURN_IF_ERROR(client->ReleaseSequence(handle));
+    if (replace_) CKV_RETURN_IF_ERROR(places->ReleaseSequence(handle));
     v1::OpenSequenceRequest request;
     request.set_name(Name(i));
     const kernels::KvShape shape = trace_layers_.empty() ? Shape() : trace_layers_[0].shape;
@@ -112,9 +118,9 @@ class SeedCommand : public Command {
     request.set_preset(preset_);
     request.set_codec(codec_);
     if (budget_.has_value()) request.mutable_select()->set_budget_tokens(*budget_);
-    CKV_ASSIGN_OR_RETURN(const v1::Sequence opened, client->OpenSequence(request));
-    SequenceGuard guard(client, opened.handle());
-    CKV_ASSIGN_OR_RETURN(auto writer, PrefillWriter::Create(client, opened));
+    CKV_ASSIGN_OR_RETURN(const PlacedSequence opened, places->OpenSequence(request));
+    SequenceGuard guard(opened.client, opened.sequence.handle());
+    CKV_ASSIGN_OR_RETURN(auto writer, PrefillWriter::Create(opened.client, opened.sequence));
     for (int64_t l = 0; l < layers_; ++l) CKV_RETURN_IF_ERROR(PutLayer(writer.get(), i, l));
     CKV_RETURN_IF_ERROR(writer->Finish().status());
     bytes_ += writer->bytes_sent();
@@ -177,7 +183,7 @@ class SeedCommand : public Command {
     return absl::OkStatus();
   }
 
-  ServerFlags server_;
+  PlaceFlags server_;
   int64_t sequences_ = 1, tokens_ = 2048, layers_ = 2, kv_heads_ = 2, query_heads_ = 4;
   int64_t head_dim_ = 64, seed_ = 1, max_decode_tokens_ = 0;
   std::optional<int64_t> budget_;

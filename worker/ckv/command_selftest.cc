@@ -30,6 +30,7 @@ class SelftestCommand : public Command {
 
   absl::Status Run() override {
     CKV_ASSIGN_OR_RETURN(client_, ConnectClient(server_, /*session=*/true));
+    places_ = std::make_unique<Places>(client_.get());
     const v1::ServerInfo info = client_->server_info();
     Report(info.boot_id() != 0 && !info.draining(), "server answers and takes work",
            info.version() + " on " + info.device());
@@ -83,7 +84,7 @@ class SelftestCommand : public Command {
       options.budget = kTokens;
       options.hot_tokens = kTokens;
       options.state_type = type;
-      const auto run = Replay(client_.get(), trace_, options, nullptr);
+      const auto run = Replay(places_.get(), trace_, options, nullptr);
       const std::string what = std::string("full budget equals full attention, ") +
                                (type == v1::ELEMENT_TYPE_FLOAT16 ? "fp16" : "fp32") + " state";
       const bool passed = run.ok() && WorstError(*run) <= 1e-3;
@@ -97,7 +98,7 @@ class SelftestCommand : public Command {
       ReplayOptions options;
       options.preset = preset;
       options.budget = 256;
-      const auto run = Replay(client_.get(), trace_, options, nullptr);
+      const auto run = Replay(places_.get(), trace_, options, nullptr);
       Report(run.ok() && WorstError(*run) < 0.5, std::string("decodes with preset ") + preset,
              run.ok() ? "error " + Significant(WorstError(*run), 3) + " at 256 of " +
                             std::to_string(kTokens) + " tokens"
@@ -108,8 +109,8 @@ class SelftestCommand : public Command {
   void CheckRepeatable() {
     ReplayOptions options;
     options.budget = 64;
-    const auto first = Replay(client_.get(), trace_, options, nullptr);
-    const auto second = Replay(client_.get(), trace_, options, nullptr);
+    const auto first = Replay(places_.get(), trace_, options, nullptr);
+    const auto second = Replay(places_.get(), trace_, options, nullptr);
     if (!first.ok() || !second.ok()) {
       Report(false, "two runs give the same bits",
              DescribeError(first.ok() ? second.status() : first.status()));
@@ -273,6 +274,7 @@ class SelftestCommand : public Command {
   ServerFlags server_;
   AdminFlags admin_;
   std::unique_ptr<Client> client_;
+  std::unique_ptr<Places> places_;  // the same, for Replay
   ReplayTrace trace_;
   int passed_ = 0, failed_ = 0;
 };

@@ -181,9 +181,9 @@ class SequencesCommand : public Command {
   }
 
   absl::Status Run() override {
-    auto client = ConnectClient(server_, /*session=*/false);
-    if (!client.ok()) return client.status();
-    auto sequences = (*client)->ListSequences(prefix_);
+    auto places = Places::Connect(server_, /*session=*/false);
+    if (!places.ok()) return places.status();
+    auto sequences = (*places)->ListSequences(prefix_);
     if (!sequences.ok()) return sequences.status();
     Json rows = Json::array();
     Table table({"name", "state", "tokens", "layers", "size", "preset", "codec", "attached"}, 2);
@@ -206,7 +206,7 @@ class SequencesCommand : public Command {
   }
 
  private:
-  ServerFlags server_;
+  PlaceFlags server_;
   std::string prefix_;
   std::string json_;
 };

@@ -34,6 +34,12 @@ void ServerFlags::Register(FlagSet& flags) {
   flags.Duration("connect_timeout", &connect_timeout, "how long to wait for a connection");
 }
 
+void PlaceFlags::Register(FlagSet& flags) {
+  ServerFlags::Register(flags);
+  flags.String("servers", "HOST:PORT,…", &servers,
+               "instead: shards, or a name of all; each sequence goes to the one that owns it");
+}
+
 void AdminFlags::Register(FlagSet& flags, bool required, const ServerFlags* server) {
   server_ = server;
   if (server == nullptr) RegisterTls(flags, &own_tls_);
@@ -68,6 +74,43 @@ absl::StatusOr<std::unique_ptr<Client>> ConnectClient(const ServerFlags& flags, 
   auto client = Client::Connect(*std::move(channel), options);
   if (!client.ok()) return ConnectError(flags.server, client.status());
   return client;
+}
+
+absl::StatusOr<std::unique_ptr<Places>> Places::Connect(const PlaceFlags& flags, bool session) {
+  std::unique_ptr<Places> places(new Places());
+  if (flags.servers.empty()) {
+    auto client = ConnectClient(flags, session);
+    if (!client.ok()) return client.status();
+    places->own_client_ = *std::move(client);
+    places->client_ = places->own_client_.get();
+    return places;
+  }
+  ClientOptions options;
+  options.worker_name = "ckv";
+  options.session = session;
+  options.tls = flags.tls;
+  options.connect_timeout = flags.connect_timeout;
+  auto shards = Shards::Connect(flags.servers, options);
+  if (!shards.ok()) return ConnectError(flags.servers, shards.status());
+  places->shards_ = *std::move(shards);
+  return places;
+}
+
+absl::StatusOr<PlacedSequence> Places::OpenSequence(v1::OpenSequenceRequest request) {
+  if (shards_ != nullptr) return shards_->OpenSequence(std::move(request));
+  request.set_session_id(client_->session_id());
+  auto opened = client_->OpenSequence(request);
+  if (!opened.ok()) return opened.status();
+  return PlacedSequence{client_, *std::move(opened)};
+}
+
+absl::Status Places::ReleaseSequence(const v1::SequenceHandle& sequence) {
+  return shards_ != nullptr ? shards_->ReleaseSequence(sequence)
+                            : client_->ReleaseSequence(sequence);
+}
+
+absl::StatusOr<std::vector<v1::Sequence>> Places::ListSequences(const std::string& prefix) {
+  return shards_ != nullptr ? shards_->ListSequences(prefix) : client_->ListSequences(prefix);
 }
 
 AdminClient::AdminClient(std::shared_ptr<grpc::Channel> channel)

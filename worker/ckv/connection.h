@@ -4,12 +4,15 @@
 
 #include <memory>
 #include <string>
+#include <utility>
+#include <vector>
 
 #include "absl/status/statusor.h"
 #include "absl/time/time.h"
 #include "worker/ckv/flags.h"
 #include "worker/client.h"
 #include "worker/credentials.h"
+#include "worker/shards.h"
 
 namespace clusterkv::worker::ckv {
 
@@ -21,6 +24,12 @@ struct ServerFlags {
   std::string server = "127.0.0.1:7400";
   TlsOptions tls;
   absl::Duration connect_timeout = absl::Seconds(5);
+  void Register(FlagSet& flags);
+};
+
+// For commands whose sequences may be spread over shards.
+struct PlaceFlags : ServerFlags {
+  std::string servers;  // empty: --server alone
   void Register(FlagSet& flags);
 };
 
@@ -66,6 +75,26 @@ class AdminClient {
 std::string StateName(v1::SequenceState state);
 // "grpc", "peer", "nccl".
 std::string LinkName(v1::Link link);
+
+// Where a command's sequences are: on --server, or on the shards that --servers names.
+class Places {
+ public:
+  // `session` as ConnectClient.
+  static absl::StatusOr<std::unique_ptr<Places>> Connect(const PlaceFlags& flags, bool session);
+  // A client's server, which outlives this.
+  explicit Places(Client* client) : client_(client) {}
+  // With the session's id, if there is one. Errors: the service's.
+  absl::StatusOr<PlacedSequence> OpenSequence(v1::OpenSequenceRequest request);
+  absl::Status ReleaseSequence(const v1::SequenceHandle& sequence);
+  absl::StatusOr<std::vector<v1::Sequence>> ListSequences(const std::string& prefix);
+
+ private:
+  Places() = default;
+
+  std::unique_ptr<Client> own_client_;
+  Client* client_ = nullptr;  // or
+  std::unique_ptr<Shards> shards_;
+};
 
 // Releases a sequence when it goes out of scope, best effort.
 class SequenceGuard {

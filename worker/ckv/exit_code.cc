@@ -24,6 +24,8 @@ const char* HintOf(v1::ErrorReason reason) {
     case v1::STALE_GENERATION:
     case v1::STALE_BOOT_ID:
       return "the server restarted or the name was reused: prefill the sequence again";
+    case v1::NOT_OWNER:
+      return "ask the shard that the message names, or give --servers instead of --server";
     case v1::ARENA_FULL:
       return "release sequences, or start the server with a larger --arena_bytes (`ckv status` "
              "shows "

@@ -308,11 +308,12 @@ absl::StatusOr<ReplayTrace> MakeReplayTrace(std::vector<TraceLayer> layers,
   return trace;
 }
 
-absl::StatusOr<ReplayResult> Replay(Client* client, const ReplayTrace& trace,
+absl::StatusOr<ReplayResult> Replay(Places* places, const ReplayTrace& trace,
                                     const ReplayOptions& options, const ReplayProgress& progress) {
-  v1::OpenSequenceRequest request = OpenRequest(trace, options);
-  request.set_session_id(client->session_id());
-  CKV_ASSIGN_OR_RETURN(const v1::Sequence opened, client->OpenSequence(request));
+  CKV_ASSIGN_OR_RETURN(const PlacedSequence placed,
+                       places->OpenSequence(OpenRequest(trace, options)));
+  Client* const client = placed.client;
+  const v1::Sequence& opened = placed.sequence;
   SequenceGuard guard(client, opened.handle());
   const absl::Time begin = absl::Now();
   CKV_ASSIGN_OR_RETURN(const v1::Sequence sequence, Prefill(client, trace, opened, progress));

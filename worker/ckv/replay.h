@@ -14,8 +14,8 @@
 #include <vector>
 
 #include "absl/status/statusor.h"
+#include "worker/ckv/connection.h"
 #include "worker/ckv/full_attention.h"
-#include "worker/client.h"
 #include "worker/trace.h"
 
 namespace clusterkv::worker::ckv {
@@ -99,7 +99,7 @@ using ReplayProgress = std::function<void(std::string_view stage, int64_t done, 
 
 // One run. The sequence is released at the end, also after an error. `progress` may be null.
 // Errors: the service's; InvalidArgument when the trace does not fit the options.
-absl::StatusOr<ReplayResult> Replay(Client* client, const ReplayTrace& trace,
+absl::StatusOr<ReplayResult> Replay(Places* places, const ReplayTrace& trace,
                                     const ReplayOptions& options, const ReplayProgress& progress);
 
 // What full attention itself would show in the same table: everything held, nothing received.

@@ -103,13 +103,13 @@ class ReplayTest : public ::testing::Test {
     trace_ = new ReplayTrace(*std::move(trace));
     server_ = ServerProcess::Start(CLUSTERKV_SERVER, {"--arena_bytes=256MiB"}).release();
     ASSERT_NE(server_, nullptr);
-    client_ = Connect(*server_).release();
+    places_ = Connect(*server_).release();
   }
   static void TearDownTestSuite() {
-    delete client_;
+    delete places_;
     delete server_;
     delete trace_;
-    client_ = nullptr;
+    places_ = nullptr;
     server_ = nullptr;
     trace_ = nullptr;
   }
@@ -119,7 +119,7 @@ class ReplayTest : public ::testing::Test {
           << "no traces in tests/data or ../shared/traces; set CLUSTERKV_SHARED to test on "
              "the KV of a real model";
     }
-    ASSERT_NE(client_, nullptr);
+    ASSERT_NE(places_, nullptr);
   }
 
   // The first steps alone, for what does not hang on their number.
@@ -129,17 +129,17 @@ class ReplayTest : public ::testing::Test {
     return few;
   }
 
-  static std::unique_ptr<Client> Connect(const ServerProcess& server) {
-    ServerFlags flags;
+  static std::unique_ptr<Places> Connect(const ServerProcess& server) {
+    PlaceFlags flags;
     flags.server = server.target();
-    auto client = ConnectClient(flags, /*session=*/true);
-    EXPECT_TRUE(client.ok()) << client.status();
-    return client.ok() ? *std::move(client) : nullptr;
+    auto places = Places::Connect(flags, /*session=*/true);
+    EXPECT_TRUE(places.ok()) << places.status();
+    return places.ok() ? *std::move(places) : nullptr;
   }
 
   static ReplayResult Run(const ReplayOptions& options, const ReplayTrace& trace = *trace_,
-                          Client* client = client_) {
-    auto result = Replay(client, trace, options, nullptr);
+                          Places* places = places_) {
+    auto result = Replay(places, trace, options, nullptr);
     EXPECT_TRUE(result.ok()) << result.status();
     if (!result.ok()) {
       ReplayResult failed;
@@ -152,11 +152,11 @@ class ReplayTest : public ::testing::Test {
 
   static ReplayTrace* trace_;
   static ServerProcess* server_;
-  static Client* client_;
+  static Places* places_;
 };
 ReplayTrace* ReplayTest::trace_ = nullptr;
 ServerProcess* ReplayTest::server_ = nullptr;
-Client* ReplayTest::client_ = nullptr;
+Places* ReplayTest::places_ = nullptr;
 
 struct KnownAnswer {
   const char* name;
@@ -337,9 +337,9 @@ TEST_F(ReplayTest, RunsAndThreadCountsGiveTheSameBits) {
           CLUSTERKV_SERVER, {"--arena_bytes=128MiB", std::string("--build_threads=") + threads,
                              std::string("--select_threads=") + threads});
       ASSERT_NE(server, nullptr);
-      const auto client = Connect(*server);
-      ASSERT_NE(client, nullptr);
-      ExpectSameBits(first, Run(options, few, client.get()));
+      const auto places = Connect(*server);
+      ASSERT_NE(places, nullptr);
+      ExpectSameBits(first, Run(options, few, places.get()));
     }
   }
 }
@@ -355,11 +355,12 @@ TEST_F(ReplayTest, AServerInThisProcessGivesTheSameBitsAsOneOverTheWire) {
   ASSERT_TRUE(server.ok()) << server.status();
   const auto client = Client::Connect((*server)->InProcessChannel());
   ASSERT_TRUE(client.ok()) << client.status();
+  Places places(client->get());
   ReplayOptions options = Preset("default", 64);
   const ReplayTrace few = FirstSteps(64);
   for (const char* codec : {"raw", "k8v4"}) {
     options.codec = codec;
-    ExpectSameBits(Run(options, few), Run(options, few, client->get()));
+    ExpectSameBits(Run(options, few), Run(options, few, &places));
   }
 }
 
@@ -423,7 +424,7 @@ TEST_F(ReplayTest, TheServersMemoryStaysWithinItsArenaAndATenth) {
 
 TEST_F(ReplayTest, NothingIsLeftBehind) {
   Run(Preset("default", 64));
-  const auto left = client_->ListSequences("");
+  const auto left = places_->ListSequences("");
   ASSERT_TRUE(left.ok()) << left.status();
   EXPECT_TRUE(left->empty());
   AdminFlags flags;
