@@ -319,8 +319,9 @@ class ServerConfigTest(unittest.TestCase):
         self.assertGreater(len(fields), 20)
         written = set(re.findall(r"^(\w+)(?::| \{)", Rendered(ci="mtls").server_conf(),
                                  re.MULTILINE))
-        # "cpu" is all there is; whoever asks for certificates wants them.
-        self.assertEqual(written, fields - {"device", "shard_name", "tls_client_certificate_optional"})
+        # "cpu" is all there is; whoever asks for certificates wants them; a name is each pod's own.
+        self.assertEqual(
+            written, fields - {"device", "shard_name", "tls_client_certificate_optional"})
         plain = set(re.findall(r"^(\w+)(?::| \{)", Rendered().server_conf(), re.MULTILINE))
         self.assertEqual({name for name in written - plain if not name.startswith("tls_")},
                          {"health_listen", "tenants", "admin_identities"})
@@ -364,7 +365,21 @@ class ServerConfigTest(unittest.TestCase):
                                      capture_output=True, text=True, check=False)
             self.assertEqual(run.returncode, 0, f"{ci}: {run.stderr}")
 
-    def test_a_changed_configuration_restarts_the_pods(self):
+    def test_the_shards_are_listed_by_the_names_of_their_pods(self):
+        rendered = Rendered(shards=4, ports={"grpc": 1111, "admin": 2222, "metrics": 3333},
+                            clusterDomain="here.example", fullnameOverride="kv")
+        lines = rendered.get("ConfigMap", "-shards")["data"]["shards"].splitlines()
+        self.assertEqual(lines, [f"kv-{i} kv-{i}.kv-peers.kv.svc.here.example:1111"
+                                 for i in range(4)])
+        container = rendered.container()
+        self.assertIn("--shard_name=$(POD_NAME)", container["args"])
+        self.assertEqual(container["env"][0]["valueFrom"]["fieldRef"]["fieldPath"],
+                         "metadata.name")
+        mount = [m for m in container["volumeMounts"] if m["name"] == "shards"][0]
+        self.assertNotIn("subPath", mount, "a file by subPath never changes")
+        self.assertIn(f'shards_file: "{mount["mountPath"]}/shards"', rendered.server_conf())
+
+    def test_a_changed_configuration_restarts_the_pods_and_another_shard_does_not(self):
         def checksum(**values):
             template = Rendered(**values).get("StatefulSet")["spec"]["template"]
             return template["metadata"]["annotations"]["checksum/config"]

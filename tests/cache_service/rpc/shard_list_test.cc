@@ -83,8 +83,7 @@ TEST_F(ShardListTest, NamesTheOwnerUnlessItIsThisShard) {
     const std::string sequence = "sequence" + std::to_string(i);
     const auto ranked = RankShards(sequence, list->Current());
     const auto owner = list->OtherOwner(sequence);
-    EXPECT_EQ(owner.has_value(), ranked[0].name() != "b");
-    if (owner.has_value()) EXPECT_EQ(owner->name(), ranked[0].name());
+    EXPECT_EQ(owner.has_value() ? owner->name() : "b", ranked[0].name());
     own += !owner.has_value();
     // Without the first, the second owns it; without all, whoever is asked.
     const auto next = list->OtherOwner(sequence, {ranked[0].name()});

@@ -1,6 +1,7 @@
 """The pure-Python clients against a real server."""
 
 import asyncio
+import socket
 
 import numpy as np
 import pytest
@@ -9,6 +10,7 @@ import clusterkv
 from clusterkv import _calls, aio
 from clusterkv.v1 import cache_service_pb2 as pb
 from clusterkv.v1 import types_pb2 as types
+from conftest import Server
 
 SHAPE = dict(layers=2, kv_heads=2, query_heads=4, head_dim=32, dtype="float32")
 
@@ -166,3 +168,33 @@ def test_a_session_and_the_admin_port_by_asyncio(server):
             assert error.value.reason == "DRAINING"
 
     asyncio.run(run())
+
+
+def test_a_client_opens_on_its_server_whichever_shard_owns_the_name(server_program, tmp_path):
+    shards = tmp_path / "shards"
+    with socket.socket() as free:  # nobody listens there
+        free.bind(("127.0.0.1", 0))
+        other = f"kv-1 127.0.0.1:{free.getsockname()[1]}"
+        shards.write_text(f"kv-0 127.0.0.1:1\n{other}\n")
+        server = Server(server_program, flags=[f"--shards_file={shards}", "--shard_name=kv-0"])
+    try:
+        with clusterkv.Client(server.target) as client:
+            for i in range(20):
+                assert client.open(f"s{i}", prompt_tokens=3, **SHAPE).handle.name == f"s{i}"
+            with pytest.raises(clusterkv.ClusterKVError) as caught:
+                for i in range(20):
+                    client.get(f"nowhere{i}")
+            while caught.value.reason == "SEQUENCE_NOT_FOUND":  # one of its own
+                i += 1
+                with pytest.raises(clusterkv.ClusterKVError) as caught:
+                    client.get(f"nowhere{i}")
+            assert caught.value.reason == "NOT_OWNER"
+            assert caught.value.metadata["ownerShard"] == "kv-1"
+
+        async def opened():
+            async with aio.Client(server.target) as client:
+                return [await client.open(f"a{i}", prompt_tokens=3, **SHAPE) for i in range(20)]
+
+        assert len(asyncio.run(opened())) == 20
+    finally:
+        assert server.stop() == 0

@@ -101,6 +101,14 @@ def open_request(name: str, *, layers: int, kv_heads: int, query_heads: int, hea
     return request
 
 
+def without_others(request: pb.OpenSequenceRequest, info: pb.ServerInfo) -> pb.OpenSequenceRequest:
+    """The same request, for the server of ``info``, whoever owns the sequence's name."""
+    here = pb.OpenSequenceRequest()
+    here.CopyFrom(request)
+    here.without_shards.extend(shard.name for shard in info.shards if shard.name != info.shard)
+    return here
+
+
 def select_request(sequence: Any, layer: int, queries: Any, *, budget: int | None = None,
                    state: bool = True, zones: bool = False) -> pb.SelectClustersRequest:
     item = pb.SelectItem(sequence=handle(sequence), layer=layer, queries=vector(queries))

@@ -11,7 +11,7 @@ import grpc.aio
 
 from clusterkv import _calls
 from clusterkv.client import CHANNEL_OPTIONS
-from clusterkv.errors import from_rpc_error, from_status
+from clusterkv.errors import ClusterKVError, from_rpc_error, from_status
 from clusterkv.v1 import admin_service_pb2 as admin_pb
 from clusterkv.v1 import admin_service_pb2_grpc as admin_grpc
 from clusterkv.v1 import cache_service_pb2 as pb
@@ -61,7 +61,14 @@ class Client:
         return await self._call(self._cache.GetServerInfo, pb.GetServerInfoRequest(), timeout)
 
     async def open(self, name: str, *, timeout: float | None = None, **shape: Any) -> pb.Sequence:
-        return await self._call(self._cache.OpenSequence, _calls.open_request(name, **shape), timeout)
+        request = _calls.open_request(name, **shape)
+        try:
+            return await self._call(self._cache.OpenSequence, request, timeout)
+        except ClusterKVError as error:
+            if error.reason != "NOT_OWNER":
+                raise
+        here = _calls.without_others(request, await self.server_info(timeout=timeout))
+        return await self._call(self._cache.OpenSequence, here, timeout)
 
     async def put_layer(self, sequence: Any, layer: int, keys: Any, values: Any, *,
                         first_token: int = 0, query_rms: Any | None = None,

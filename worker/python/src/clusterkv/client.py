@@ -10,7 +10,7 @@ from typing import Any
 import grpc
 
 from clusterkv import _calls
-from clusterkv.errors import from_rpc_error, from_status
+from clusterkv.errors import ClusterKVError, from_rpc_error, from_status
 from clusterkv.v1 import admin_service_pb2 as admin_pb
 from clusterkv.v1 import admin_service_pb2_grpc as admin_grpc
 from clusterkv.v1 import cache_service_pb2 as pb
@@ -84,7 +84,18 @@ class Client:
 
     def open(self, name: str, *, timeout: float | None = None, **shape: Any) -> pb.Sequence:
         """Opens a sequence; arguments as ``_calls.open_request``."""
-        return self._call(self._cache.OpenSequence, _calls.open_request(name, **shape), timeout)
+        return self.open_sequence(_calls.open_request(name, **shape), timeout=timeout)
+
+    def open_sequence(self, request: pb.OpenSequenceRequest, *,
+                      timeout: float | None = None) -> pb.Sequence:
+        """On this server, whichever of several shards owns the name."""
+        try:
+            return self._call(self._cache.OpenSequence, request, timeout)
+        except ClusterKVError as error:
+            if error.reason != "NOT_OWNER":
+                raise
+        request = _calls.without_others(request, self.server_info(timeout=timeout))
+        return self._call(self._cache.OpenSequence, request, timeout)
 
     def put(self, requests: Iterable[pb.PutKvRequest], *, timeout: float | None = None) -> pb.PutKvResponse:
         return self._call(self._cache.PutKv, iter(requests), timeout)

@@ -159,7 +159,7 @@ class Worker:
             head_dim=self.head_dim, prompt_tokens=step.store_tokens,
             dtype=str(self.dtype).removeprefix("torch."), preset=self.options.preset,
             budget=self.options.budget, ttl_seconds=self.options.ttl_seconds, index={"window_tokens": 0})
-        sequence = self._client._call(self._client._cache.OpenSequence, request, None)
+        sequence = self._client.open_sequence(request)
         from clusterkv import _native
 
         return _Store(_native.PrefillWriter(self._native(), sequence.SerializeToString()), {})
