@@ -367,10 +367,10 @@ class ServerConfigTest(unittest.TestCase):
 
     def test_the_shards_are_listed_by_the_names_of_their_pods(self):
         rendered = Rendered(shards=4, ports={"grpc": 1111, "admin": 2222, "metrics": 3333},
-                            clusterDomain="here.example", fullnameOverride="kv")
+                            clusterDomain="here.example")
         lines = rendered.get("ConfigMap", "-shards")["data"]["shards"].splitlines()
-        self.assertEqual(lines, [f"kv-{i} kv-{i}.kv-peers.kv.svc.here.example:1111"
-                                 for i in range(4)])
+        name, domain = "test-clusterkv", "test-clusterkv-peers.kv.svc.here.example"
+        self.assertEqual(lines, [f"{name}-{i} {name}-{i}.{domain}:1111" for i in range(4)])
         container = rendered.container()
         self.assertIn("--shard_name=$(POD_NAME)", container["args"])
         self.assertEqual(container["env"][0]["valueFrom"]["fieldRef"]["fieldPath"],
