@@ -39,12 +39,26 @@ PRESETS = {
 }
 
 
-def spherical_kmeans(x: torch.Tensor, clusters: int, preset: Preset,
-                     generator: torch.Generator) -> torch.Tensor:
+SEED = 8  # of random starts: the service's own
+
+
+def random_rows(n: int, clusters: int, seed: int) -> torch.Tensor:
+    """The tokens where the contract lets a random start begin: a partial Fisher-Yates shuffle by SplitMix64."""
+    mask, rows = (1 << 64) - 1, list(range(n))
+    for i in range(clusters):
+        seed = (seed + 0x9e3779b97f4a7c15) & mask
+        z = ((seed ^ seed >> 30) * 0xbf58476d1ce4e5b9) & mask
+        z = ((z ^ z >> 27) * 0x94d049bb133111eb) & mask
+        j = i + (((z ^ z >> 31) >> 32) * (n - i) >> 32)
+        rows[i], rows[j] = rows[j], rows[i]
+    return torch.tensor(rows[:clusters])
+
+
+def spherical_kmeans(x: torch.Tensor, clusters: int, preset: Preset, seed: int) -> torch.Tensor:
     """x [tokens, head_dim] -> labels [tokens]."""
     n = x.shape[0]
     if preset.random:
-        start = torch.randperm(n, generator=generator)[:clusters]
+        start = random_rows(n, clusters, seed)
     else:
         start = torch.arange(clusters) * (n - 1) // max(1, clusters - 1)
     centroids, unit = x[start.to(x.device)].clone(), F.normalize(x, dim=-1)
@@ -73,8 +87,10 @@ class HeadIndex:
     """The index of one KV head of one layer over its prompt."""
 
     def __init__(self, preset: Preset, keys: torch.Tensor, values: torch.Tensor,
-                 query_rms: torch.Tensor | None, seed: int = 3, labels: torch.Tensor | None = None):
-        """keys, values [tokens, head_dim]. With `labels` [tokens - SINKS] the clusters are given."""
+                 query_rms: torch.Tensor | None, head: int = 0, seed: int = SEED,
+                 labels: torch.Tensor | None = None):
+        """keys, values [tokens, head_dim]. With `labels` [tokens - SINKS] the clusters are given; else those of
+        KV head `head` under `seed`."""
         self.preset = preset
         self.sink_keys = keys[:SINKS]
         k, v = keys[SINKS:], values[SINKS:]
@@ -83,7 +99,7 @@ class HeadIndex:
             self.weight = (query_rms.clamp(min=1e-6) / k.std(0).clamp(min=1e-6)).sqrt()
         k = k * self.weight
         if labels is None:
-            labels = self.cluster(k, seed)
+            labels = self.cluster(k, seed + (head << 32))
         self.labels, segment = labels, preset.segment or len(k)
         clusters = sum(max(1, min(segment, len(k) - begin) // preset.tokens_per_cluster)
                        for begin in range(0, len(k), segment))
@@ -105,12 +121,11 @@ class HeadIndex:
 
     def cluster(self, k: torch.Tensor, seed: int) -> torch.Tensor:
         preset, labels, first = self.preset, [], 0
-        generator = torch.Generator().manual_seed(seed)
         segment = preset.segment or len(k)
-        for begin in range(0, len(k), segment):
+        for i, begin in enumerate(range(0, len(k), segment)):
             part = k[begin:begin + segment]
             count = max(1, len(part) // preset.tokens_per_cluster)
-            labels.append(spherical_kmeans(part, count, preset, generator) + first)
+            labels.append(spherical_kmeans(part, count, preset, seed + i) + first)
             first += count
         return torch.cat(labels)
 

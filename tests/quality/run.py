@@ -7,22 +7,26 @@ Per sequence the prompt is prefilled once with full attention; its last tokens a
 once per method. Layers below --dense_layers stay dense. Methods of the service decode through the server,
 over the very same KV; a sequence is put there once for all methods that share its index and codec.
 
-A method is NAME@B[:CODEC][/w=W][/codes=BITS:CHANNELS]. NAME: a preset; `full`; a baseline computed here,
-`topb` (exact, shared per KV head), `quest` (pages of 16), `window`; or `oracle-PRESET`, the preset in float32
-PyTorch. Prints a table, writes {"rows": [...]}, and with --svg a plot of quality against bytes.
+A method is NAME@B[:CODEC][/w=W][/codes=BITS:CHANNELS][/seed=N]. NAME: a preset; `full`; a baseline computed
+here, `topb` (exact, shared per KV head), `quest` (pages of 16), `window`; or `oracle-PRESET`, the preset in
+float32 PyTorch. Prints a table, writes {"rows": [...]}, and with --svg a plot of quality against bytes.
 
 needle: share of planted 6-digit codes reproduced whole. copy: next-token accuracy in repeated passages.
 nll: loss on running text. err_task, err_text: relative error of attention's output against full attention
 over the same queries (needle and copy; text), mean over layers. *_per_step: per KV head and layer, from
 the third step on. With --check_oracle, oracle_agreement: the share of the oracle's exact tokens that the
 service chose, over the service's own clusters (k-means amplifies rounding, selection must not), of all
-layers and of the worst; oracle_difference: how far the outputs are apart, relative, on those steps.
+layers and of the worst; oracle_difference: how far the outputs are apart, relative, on those steps;
+selection: a digest of the first served layer's exact tokens on those steps, whose queries are the same for all
+methods; oracle_clusters: the share of tokens that the oracle's own k-means, from the same start, puts where the service has
+them.
 """
 
 from __future__ import annotations
 
 import argparse
 import dataclasses
+import hashlib
 import json
 import sys
 import threading
@@ -59,6 +63,7 @@ class Spec:
     codec: str
     coded_tokens: int | None = None
     codes: str = ""                  # "BITS:CHANNELS"
+    seed: int | None = None          # of a random start
 
     @staticmethod
     def parse(text: str, codec: str) -> "Spec":
@@ -67,12 +72,13 @@ class Spec:
         name, _, budget = head.partition("@")
         fields = dict(item.split("=") for item in more)
         served = name in oracle.PRESETS
-        if name.removeprefix("oracle-") not in (*oracle.PRESETS, *BASELINES) or set(fields) - {"w", "codes"}:
-            raise SystemExit("--methods: expected NAME@B[:CODEC][/w=W][/codes=BITS:CHANNELS] with NAME one "
-                             f"of {', '.join((*BASELINES, *oracle.PRESETS))}, got {text}")
+        if name.removeprefix("oracle-") not in (*oracle.PRESETS, *BASELINES) or set(fields) - {
+                "w", "codes", "seed"}:
+            raise SystemExit("--methods: expected NAME@B[:CODEC][/w=W][/codes=BITS:CHANNELS][/seed=N] with NAME "
+                             f"one of {', '.join((*BASELINES, *oracle.PRESETS))}, got {text}")
         return Spec(text, name, int(budget) if budget else 64 if served else 0,
                     (own_codec or codec) if served else "", int(fields["w"]) if "w" in fields else None,
-                    fields.get("codes", ""))
+                    fields.get("codes", ""), int(fields["seed"]) if "seed" in fields else None)
 
     @property
     def preset(self) -> oracle.Preset | None:
@@ -174,6 +180,8 @@ class Figures:
     steps: int = 0
     compared: dict[int, list[int]] = dataclasses.field(default_factory=dict)  # layer: tokens, missing
     apart: list[float] = dataclasses.field(default_factory=list)
+    selection: str = ""                                                       # digest, of the first layer
+    clusters: list[float] = dataclasses.field(default_factory=list)  # share of tokens in the oracle's cluster
 
     def add(self, other: "Figures") -> None:
         for name, number in other.sums.items():
@@ -184,6 +192,8 @@ class Figures:
             mine[0] += tokens
             mine[1] += missing
         self.apart += other.apart
+        self.clusters += other.clusters
+        self.selection = hashlib.sha256((self.selection + other.selection).encode()).hexdigest()[:16]
 
 
 class Method:
@@ -217,8 +227,9 @@ class Baseline(Method):
 
 
 def head_indexes(spec, k, v, prompt, query_rms, labels=None):
-    return [oracle.HeadIndex(spec.preset, k[h, :prompt], v[h, :prompt], query_rms[h],
-                             labels=None if labels is None else labels[h]) for h in range(len(k))]
+    seed = oracle.SEED if spec.seed is None else spec.seed
+    return [oracle.HeadIndex(spec.preset, k[h, :prompt], v[h, :prompt], query_rms[h], h, seed,
+                             None if labels is None else labels[h]) for h in range(len(k))]
 
 
 def with_sinks(exact, state, lse):
@@ -278,6 +289,8 @@ class ServiceMethod(Method):
             if begin in asked:
                 positions[begin] = self.decoder.last_positions(index)
         out = out.to(q.device).view(steps, len(k), -1, query.shape[2]).transpose(0, 1)
+        if positions and index == 0:
+            self.figures.selection = json.dumps(positions)
         if positions:
             self.compare(layer, positions, out, q, k, v)
         return out
@@ -285,8 +298,10 @@ class ServiceMethod(Method):
     def compare(self, layer, positions, out, q, k, v):
         """The service's exact tokens and outputs against the oracle's over the service's clusters."""
         prompt, steps = k.shape[1] - q.shape[1], sorted(positions)
-        heads = head_indexes(self.spec, k, v, prompt, self.query_rms[layer],
-                             self.service_labels(layer, prompt, k.device))
+        labels = self.service_labels(layer, prompt, k.device)
+        heads = head_indexes(self.spec, k, v, prompt, self.query_rms[layer], labels)
+        for mine, theirs in zip(head_indexes(self.spec, k, v, prompt, self.query_rms[layer]), labels):
+            self.figures.clusters.append((mine.labels == theirs).float().mean().item())
         tally = self.figures.compared.setdefault(layer, [0, 0])
         difference = norm = 0.0
         for h, head in enumerate(heads):
@@ -328,6 +343,8 @@ class Ingest:
             if spec.codes:
                 bits, channels = map(int, spec.codes.split(":"))
                 index["codes"] = types.Codes(bits=bits, group_channels=channels)
+            if spec.seed is not None:
+                index["seed"] = spec.seed
             request = _calls.open_request(
                 f"quality-{spec.text}-{time.monotonic_ns()}", preset=spec.name, codec=spec.codec,
                 layers=config.num_hidden_layers - dense_layers, kv_heads=config.num_key_value_heads,
@@ -348,7 +365,7 @@ class Ingest:
 
     @staticmethod
     def key(spec: Spec) -> tuple:
-        return spec.name, spec.codec, spec.codes
+        return spec.name, spec.codec, spec.codes, spec.seed
 
     def release(self) -> None:
         for sequence in self.sequences.values():
@@ -418,7 +435,7 @@ def table_rows(specs: list[Spec], results: list[tuple[str, list[dict]]]) -> list
             columns["err_text" if kind == "text" else "err_task"].append(of_methods[i]["error"])
             figures.add(of_methods[i]["figures"])
         row: dict = {"method": spec.name, "budget": spec.budget, "codec": spec.codec, "coded_tokens": None,
-                     "codes": None}
+                     "codes": None, **({"seed": spec.seed} if spec.seed is not None else {})}
         preset = spec.preset
         if preset and preset.bits:
             row["coded_tokens"] = (preset.coded_tokens if spec.coded_tokens is None else spec.coded_tokens)
@@ -436,6 +453,8 @@ def table_rows(specs: list[Spec], results: list[tuple[str, list[dict]]]) -> list
             row["oracle_agreement_worst_layer"] = min(1 - m / t for t, m in figures.compared.values())
             row["oracle_compared_tokens"] = tokens
             row["oracle_difference"] = float(np.mean(figures.apart))
+            row["selection"] = figures.selection
+            row["oracle_clusters"] = float(np.mean(figures.clusters))
         row["per_sequence"] = {name: columns[name] for name in ("needle", "copy", "nll") if columns[name]}
         rows.append(row)
     return rows
@@ -443,7 +462,7 @@ def table_rows(specs: list[Spec], results: list[tuple[str, list[dict]]]) -> list
 
 def print_table(rows: list[dict]) -> None:
     names = list(dict.fromkeys(name for row in rows for name, cell in row.items()
-                               if name != "per_sequence" and cell not in (None, "")))
+                               if name not in ("per_sequence", "selection") and cell not in (None, "")))
     text = [[name.replace("_per_step", "/step") for name in names]]
     for row in rows:
         text.append(["–" if row.get(c) in (None, "") else f"{row[c]:.4f}" if isinstance(row[c], float)

@@ -12,6 +12,17 @@ import pytest
 
 ROOT = pathlib.Path(__file__).resolve().parents[3]
 
+SHARED = pathlib.Path(os.environ.get("CLUSTERKV_SHARED", ROOT.parent / "shared"))
+MODEL = pathlib.Path(os.environ.get("CLUSTERKV_MODEL", SHARED / "models/books-30m-32k"))
+TEXT = pathlib.Path(os.environ.get("CLUSTERKV_TEXT", SHARED / "texts/moby-dick.txt"))
+
+
+def model_and_text() -> tuple[pathlib.Path, pathlib.Path]:
+    """A trained model and a book, or the test is skipped."""
+    if not MODEL.exists() or not TEXT.exists():
+        pytest.skip(f"no model at {MODEL} or no text at {TEXT}: set CLUSTERKV_MODEL, CLUSTERKV_TEXT")
+    return MODEL, TEXT
+
 
 def free_port() -> int:
     with socket.socket() as s:

@@ -1,8 +1,6 @@
 """Models on a GPU with their KV in a server. Skipped where PyTorch sees no GPU."""
 
 import json
-import os
-import pathlib
 import sys
 
 import pytest
@@ -12,14 +10,10 @@ transformers = pytest.importorskip("transformers")
 pytest.importorskip("clusterkv._native")
 import clusterkv.transformers as ckv  # noqa: E402
 
-from conftest import ROOT, Server  # noqa: E402
+from conftest import ROOT, Server, model_and_text  # noqa: E402
 from test_transformers import greedy, prompt, tiny  # noqa: E402
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="PyTorch sees no GPU")
-
-SHARED = pathlib.Path(os.environ.get("CLUSTERKV_SHARED", ROOT.parent / "shared"))
-MODEL = pathlib.Path(os.environ.get("CLUSTERKV_MODEL", SHARED / "models/books-30m-32k"))
-TEXT = pathlib.Path(os.environ.get("CLUSTERKV_TEXT", SHARED / "texts/moby-dick.txt"))
 
 
 @pytest.fixture
@@ -61,15 +55,14 @@ def test_the_prompts_kv_crosses_to_the_host_once(server, tmp_path):
 
 @torch.no_grad()
 def test_planted_questions_over_32k_tokens(large_server):
-    if not MODEL.exists() or not TEXT.exists():
-        pytest.skip(f"no model at {MODEL} or no text at {TEXT}: set CLUSTERKV_MODEL, CLUSTERKV_TEXT")
+    path, text = model_and_text()
     sys.path.insert(0, str(ROOT / "tests/quality"))
     import tasks
 
-    tokenizer = transformers.AutoTokenizer.from_pretrained(MODEL)
+    tokenizer = transformers.AutoTokenizer.from_pretrained(path)
     model = transformers.AutoModelForCausalLM.from_pretrained(
-        MODEL, attn_implementation="clusterkv", dtype=torch.bfloat16).eval().cuda()
-    sequence = tasks.Builder(tokenizer, [TEXT.read_text(encoding="utf-8")], 32768, seed=7).build("needle", 0)
+        path, attn_implementation="clusterkv", dtype=torch.bfloat16).eval().cuda()
+    sequence = tasks.Builder(tokenizer, [text.read_text(encoding="utf-8")], 32768, seed=7).build("needle", 0)
     cache = ckv.ClusterKVCache(model.config, server=large_server.target, preset="default", budget=64)
     ids = torch.tensor([sequence.ids], device="cuda")
     model(ids[:, :sequence.prompt_tokens], past_key_values=cache)
