@@ -112,6 +112,71 @@ __device__ __forceinline__ void ClusterSync(int cluster_blocks) {
 #endif
 }
 
+// The same in two halves, for shared memory alone: what a thread did before Arrive is seen after
+// Wait. With clusters of one block Arrive does nothing and Wait is __syncthreads.
+__device__ __forceinline__ void ClusterArrive(int cluster_blocks) {
+#if !defined(CLUSTERKV_CUDA_EMULATOR) && __CUDA_ARCH__ >= 900
+  if (cluster_blocks > 1) asm volatile("barrier.cluster.arrive.release.aligned;\n" ::: "memory");
+#else
+  (void)cluster_blocks;
+#endif
+}
+__device__ __forceinline__ void ClusterWait(int cluster_blocks) {
+#ifdef CLUSTERKV_CUDA_EMULATOR
+  ClusterSync(cluster_blocks);
+#else
+  if (cluster_blocks > 1) {
+#if __CUDA_ARCH__ >= 900
+    asm volatile("barrier.cluster.wait.acquire.aligned;\n" ::: "memory");
+#endif
+  } else {
+    __syncthreads();
+  }
+#endif
+}
+
+// Stores at the place that `at` has in this block's shared memory, in that of block `rank` of the
+// cluster.
+__device__ __forceinline__ void StoreToBlock(float4* at, int rank, float4 value) {
+#ifdef CLUSTERKV_CUDA_EMULATOR
+  *reinterpret_cast<float4*>(cuda_emulator::SharedMemoryOf(rank) +
+                             (reinterpret_cast<unsigned char*>(at) - SharedMemory())) = value;
+#elif __CUDA_ARCH__ >= 900
+  asm volatile(
+      "{\n.reg .u32 to;\nmapa.shared::cluster.u32 to, %0, %1;\n"
+      "st.shared::cluster.v4.f32 [to], {%2, %3, %4, %5};\n}\n" ::"r"(
+          static_cast<uint32_t>(__cvta_generic_to_shared(at))),
+      "r"(rank), "f"(value.x), "f"(value.y), "f"(value.z), "f"(value.w)
+      : "memory");
+#else
+  *at = value;  // no clusters: of one block
+#endif
+}
+__device__ __forceinline__ void StoreToBlock(float* at, int rank, float value) {
+#ifdef CLUSTERKV_CUDA_EMULATOR
+  *reinterpret_cast<float*>(cuda_emulator::SharedMemoryOf(rank) +
+                            (reinterpret_cast<unsigned char*>(at) - SharedMemory())) = value;
+#elif __CUDA_ARCH__ >= 900
+  asm volatile(
+      "{\n.reg .u32 to;\nmapa.shared::cluster.u32 to, %0, %1;\n"
+      "st.shared::cluster.f32 [to], %2;\n}\n" ::"r"(
+          static_cast<uint32_t>(__cvta_generic_to_shared(at))),
+      "r"(rank), "f"(value)
+      : "memory");
+#else
+  *at = value;
+#endif
+}
+
+// Asks for the line of `at` in the second cache level.
+__device__ __forceinline__ void PrefetchL2(const void* at) {
+#ifndef CLUSTERKV_CUDA_EMULATOR
+  asm volatile("prefetch.global.L2 [%0];\n" ::"l"(at));
+#else
+  (void)at;
+#endif
+}
+
 // ---- numbers
 // -------------------------------------------------------------------------------------------
 
@@ -262,6 +327,31 @@ void EmulateMma(float (&d)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b1,
     d[i] = static_cast<float>(sum / scale);
   }
 }
+// m16n8k8 in tf32, of whose operands the unit reads the leading 19 bits.
+inline void EmulateMmaTf32(float (&d)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b1) {
+  const uint32_t words[6] = {a[0], a[1], a[2], a[3], b0, b1};
+  uint32_t all[32][8];
+  cuda_emulator::Exchange(kFullMask, words, 6, all);
+  const int r = cuda_emulator::current->lane / 4, t = cuda_emulator::current->lane % 4;
+  for (int i = 0; i < 4; ++i) {
+    const int row = r + (i / 2) * 8, column = 2 * t + i % 2;
+    double terms[9] = {d[i]};
+    int largest = ExponentOf(__float_as_uint(d[i]) >> 23 & 0xffu, 127);
+    for (int k = 0; k < 8; ++k) {
+      const uint32_t a_word = all[row % 8 * 4 + k % 4][row / 8 + k / 4 * 2] & 0xffffe000u;
+      const uint32_t b_word = all[column * 4 + k % 4][4 + k / 4] & 0xffffe000u;
+      terms[k + 1] = static_cast<double>(__uint_as_float(a_word)) * __uint_as_float(b_word);
+      if (terms[k + 1] != 0) {
+        largest = std::max(
+            largest, ExponentOf(a_word >> 23 & 0xffu, 127) + ExponentOf(b_word >> 23 & 0xffu, 127));
+      }
+    }
+    const double scale = std::ldexp(1.0, kMmaBits - largest);
+    double sum = 0;
+    for (double term : terms) sum += std::trunc(term * scale);
+    d[i] = static_cast<float>(sum / scale);
+  }
+}
 inline int HalfExponent(uint16_t bits) { return ExponentOf(bits >> 10 & 0x1fu, 15); }
 inline int BFloat16Exponent(uint16_t bits) { return ExponentOf(bits >> 7 & 0xffu, 127); }
 #endif
@@ -287,6 +377,22 @@ __device__ __forceinline__ void MmaBFloat16(float (&d)[4], const uint32_t (&a)[4
 #else
   asm volatile(
       "mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32 {%0,%1,%2,%3}, {%4,%5,%6,%7}, {%8,%9}, "
+      "{%0,%1,%2,%3};\n"
+      : "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3])
+      : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1));
+#endif
+}
+
+// d [16 × 8] += a [16 × 8] · b [8 × 8] in tf32, the leading 19 bits of floats: a[0..3] are (row,
+// column) (r, t), (r + 8, t), (r, t + 4), (r + 8, t + 4); b[0..1] are (row t, column r), (row t +
+// 4, column r); d as in MmaHalf.
+__device__ __forceinline__ void MmaTf32(float (&d)[4], const uint32_t (&a)[4], uint32_t b0,
+                                        uint32_t b1) {
+#ifdef CLUSTERKV_CUDA_EMULATOR
+  EmulateMmaTf32(d, a, b0, b1);
+#else
+  asm volatile(
+      "mma.sync.aligned.m16n8k8.row.col.f32.tf32.tf32.f32 {%0,%1,%2,%3}, {%4,%5,%6,%7}, {%8,%9}, "
       "{%0,%1,%2,%3};\n"
       : "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3])
       : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1));

@@ -13,10 +13,11 @@
 //
 // Logits are kept in units of log2, so that exp2 does.
 #include <algorithm>
-#include <atomic>
 
 #include "kernels/base/cuda_util.cuh"
 #include "kernels/codec/code_packing.cuh"
+#include "kernels/select/answer_cuda.h"
+#include "kernels/select/resident_clusters.h"
 #include "kernels/select/select_cuda.h"
 #include "kernels/select/threshold.cuh"
 
@@ -374,13 +375,6 @@ __device__ void ScoreSinks(Context& c) {
 
 // ---- phase 2: clusters
 // ---------------------------------------------------------------------------------
-
-// An order-preserving key of a rank's log2: fixed point, 2^-21, so that leading bits spread evenly
-// over what matters. Ranks below 2^-1016 are equal.
-__device__ __forceinline__ uint32_t RankKey(float log2_rank) {
-  const float clamped = fminf(fmaxf(log2_rank, -1016.0f), 7.5f);
-  return static_cast<uint32_t>(static_cast<int>(rintf(clamped * 2097152.0f)) + 1016 * 2097152) << 1;
-}
 
 // Brings scores [group, stride], the first n of each head, that the blocks gave each other, into
 // this block's memory. Each thread what SoftmaxKeys has it read.
@@ -1262,72 +1256,7 @@ bool Valid(const SelectCudaParams& p) {
                      p.scored_tokens <= 65535 && (p.code_bits > 0 || p.scored_tokens == 0) &&
                      p.estimated_fraction >= 0 && p.estimated_fraction <= 1;
   const int b = p.blocks_per_pair;
-  return shape && codes && zones && (b == 0 || b == 1 || b == 2 || b == 4 || b == 8 || b == 16);
-}
-
-// Properties of the current device that the plan depends on; read once per device.
-struct DeviceLimits {
-  int multiprocessors = 132;
-  int64_t shared_bytes = 227 * 1024;
-  bool clusters = true;
-};
-DeviceLimits ReadLimits() {
-  DeviceLimits limits;
-#ifndef CLUSTERKV_CUDA_EMULATOR
-  int device = 0, value = 0;
-  if (cudaGetDevice(&device) != cudaSuccess) return limits;
-  if (cudaDeviceGetAttribute(&value, cudaDevAttrMultiProcessorCount, device) == cudaSuccess) {
-    limits.multiprocessors = value;
-  }
-  if (cudaDeviceGetAttribute(&value, cudaDevAttrMaxSharedMemoryPerBlockOptin, device) ==
-      cudaSuccess) {
-    limits.shared_bytes = value;
-  }
-  if (cudaDeviceGetAttribute(&value, cudaDevAttrComputeCapabilityMajor, device) == cudaSuccess) {
-    limits.clusters = value >= 9;
-  }
-#endif
-  return limits;
-}
-
-// How many clusters of `blocks` blocks the device runs at once, a block per multiprocessor. Fewer
-// than multiprocessors / blocks where a cluster does not fit what is left of a processing cluster:
-// asking for one more than that doubles the time. Asked once per device and size.
-int ResidentClusters(const DeviceLimits& limits, int blocks) {
-  const int ideal = limits.multiprocessors / blocks;
-#ifdef CLUSTERKV_CUDA_EMULATOR
-  return ideal;
-#else
-  constexpr int kDevices = 64, kSizes = 17;
-  static std::atomic<int> known[kDevices][kSizes];  // 0: not asked yet; else the number + 1
-  int device = 0;
-  if (cudaGetDevice(&device) != cudaSuccess || device >= kDevices || blocks >= kSizes) return ideal;
-  if (const int number = known[device][blocks].load(std::memory_order_relaxed); number > 0) {
-    return number - 1;
-  }
-  const auto kernel = SelectKernel<2, 1>;
-  const void* function = reinterpret_cast<const void*>(kernel);
-  cudaLaunchAttribute attribute = {};
-  attribute.id = cudaLaunchAttributeClusterDimension;
-  attribute.val.clusterDim.x = blocks;
-  attribute.val.clusterDim.y = attribute.val.clusterDim.z = 1;
-  cudaLaunchConfig_t config = {};
-  config.gridDim = dim3(ideal * blocks);
-  config.blockDim = dim3(kThreads);
-  config.dynamicSmemBytes = static_cast<size_t>(limits.shared_bytes);
-  config.attrs = &attribute;
-  config.numAttrs = 1;
-  int number = 0;
-  if (cudaFuncSetAttribute(function, cudaFuncAttributeMaxDynamicSharedMemorySize,
-                           static_cast<int>(limits.shared_bytes)) != cudaSuccess ||
-      cudaOccupancyMaxActiveClusters(&number, function, &config) != cudaSuccess) {
-    (void)cudaGetLastError();  // it is no launch that failed
-    number = ideal;
-  }
-  number = std::min(number, ideal);
-  known[device][blocks].store(number + 1, std::memory_order_relaxed);
-  return number;
-#endif
+  return shape && codes && zones && ((b >= 0 && b <= 8) || b == 16);
 }
 
 Plan MakePlan(const SelectCudaParams& p, int32_t pairs) {
@@ -1345,9 +1274,12 @@ Plan MakePlan(const SelectCudaParams& p, int32_t pairs) {
   plan.max_exact = ExactCapacity(p);
   plan.blocks = p.blocks_per_pair;
   if (plan.blocks == 0) {
+    const auto kernel = SelectKernel<2, 1>;
+    static KnownClusters known;
     plan.blocks = 1;
     while (limits.clusters && plan.blocks < 8 &&
-           pairs <= ResidentClusters(limits, plan.blocks * 2)) {
+           pairs <= ResidentClusters(limits, reinterpret_cast<const void*>(kernel), kThreads,
+                                     plan.blocks * 2, known)) {
       plan.blocks *= 2;
     }
   }
@@ -1397,6 +1329,9 @@ cudaError_t LaunchSelect(const SelectCudaParams& params, const SelectCudaPair* p
     return cudaErrorInvalidValue;
   }
   if (pair_count == 0) return cudaSuccess;
+  if (cudaError_t error; LaunchAnswer(params, pairs, pair_count, output, stream, &error)) {
+    return error;
+  }
   const Plan plan = MakePlan(params, pair_count);
   const Kernel kernel = params.head_dim <= 128   ? KernelOfBits<1>(params.code_bits)
                         : params.head_dim <= 256 ? KernelOfBits<2>(params.code_bits)

@@ -33,9 +33,12 @@ struct SelectCudaParams {
   // Bounds over all pairs of the batch: memory is laid out for them.
   int32_t max_clusters = 0;  // clusters of a pair, over its parts
   int32_t max_sinks = 0;
-  // Blocks that share one pair (a thread-block cluster): 1, 2, 4, 8 or 16; 0: as the batch and the
+  // Blocks that share one pair (a thread-block cluster): 1 to 8, or 16; 0: as the batch and the
   // device suggest. More than 1 needs compute capability 9.0.
   int32_t blocks_per_pair = 0;
+  // Takes the kernel for every shape also where there is the one for the usual shape
+  // (answer_pair.cuh): the two check each other.
+  bool general = false;
 };
 
 // One pair's input. Device memory, as are all arrays it names.

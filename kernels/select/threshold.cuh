@@ -121,6 +121,13 @@ __device__ Threshold RadixThreshold(int n, int target, const Key& key, const Wei
   return {prefix, remaining};
 }
 
+// An order-preserving key of a rank's log2: fixed point, 2^-21, so that leading bits spread evenly
+// over what matters. Ranks below 2^-1016 are equal.
+__device__ __forceinline__ uint32_t RankKey(float log2_rank) {
+  const float clamped = fminf(fmaxf(log2_rank, -1016.0f), 7.5f);
+  return static_cast<uint32_t>(static_cast<int>(rintf(clamped * 2097152.0f)) + 1016 * 2097152) << 1;
+}
+
 // The range of keys, of 2^17, that a key is in, counted from the largest; the rest is one.
 __device__ __forceinline__ int KeyRange(uint32_t key) {
   return min(static_cast<int>((0xffffffffu - key) >> 17), kHistogramBins - 1);

@@ -258,6 +258,16 @@ const SelectCase kSelectCases[] = {
      .codes = {2, 32}, .params = Params(30, 100, 0.25f), .balanced = false, .equal_keys = true},
     {.name = "peaked", .head_dim = 128, .group = 4, .kv_heads = 1, .parts = {1200},
      .codes = {2, 32}, .params = Params(64, 512, 0.25f), .spread = 20.0f},
+    {.name = "one_token", .head_dim = 128, .group = 1, .kv_heads = 2, .parts = {1},
+     .codes = {2, 32}, .params = Params(17, 100, 0.25f)},
+    {.name = "three_heads", .head_dim = 128, .group = 3, .kv_heads = 1,
+     .parts = {401, 17, 16, 33, 18, 19, 20, 21, 22}, .codes = {2, 32},
+     .params = Params(97, 211, 1.0f), .sinks = 5, .page_bytes = 4096,
+     .type = ElementType::kFloat16},
+    {.name = "equal_tokens", .head_dim = 128, .group = 2, .kv_heads = 1, .parts = {1000},
+     .codes = {2, 32}, .params = Params(30, 700, 0.25f), .balanced = false, .equal_keys = true},
+    {.name = "flat", .head_dim = 128, .group = 4, .kv_heads = 1, .parts = {8700},
+     .codes = {2, 32}, .params = Params(64, 800, 0.25f), .spread = 0.01f},
 };
 // clang-format on
 

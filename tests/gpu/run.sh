@@ -56,7 +56,7 @@ if command -v nvidia-smi > /dev/null; then
 fi
 tests=(base codec gather attention select kmeans index)
 kernels=(base/finite codec/record_codec gather/gather attention/attention select/select
-  kmeans/kmeans index/index)
+  select/answer kmeans/kmeans index/index)
 
 compile() {  # compile SOURCE: unless an object is newer than every header and it
   local object=$build/objects/${1//\//_}.o

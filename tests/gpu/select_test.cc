@@ -49,9 +49,16 @@ class SelectCase {
     params_.max_sinks = static_cast<int32_t>(shape_[4]);
   }
 
-  Answer Run(int blocks) {
+  // Of the shape that has a kernel of its own.
+  bool Usual() const {
+    return params_.head_dim == 128 && params_.group <= 4 &&
+           (params_.scored_tokens == 0 || (params_.code_bits == 2 && params_.group_channels == 32));
+  }
+
+  Answer Run(int blocks, bool general) {
     SelectCudaParams params = params_;
     params.blocks_per_pair = blocks;
+    params.general = general;
     const int heads = static_cast<int>(shape_[0]);
     const size_t element_bytes = params.element_type == kernels::ElementType::kFloat32 ? 4 : 2;
     DeviceArray<float> queries(file_.Get<float>("queries"));
@@ -168,12 +175,16 @@ class SelectCase {
 
 void RunCase(const std::string& name, size_t allowed_differences = 0) {
   SelectCase test(name);
-  for (int blocks : {1, 4}) {
-    const Answer first = test.Run(blocks);
-    test.Compare(first, allowed_differences);
-    if (blocks == 1) continue;
-    const Answer again = test.Run(blocks);
-    GPU_CHECK(first.state_output == again.state_output) << name << " is not reproducible\n";
+  for (const bool general : {true, false}) {
+    if (!general && !test.Usual()) continue;
+    for (int blocks : {1, 3, 4, 8}) {
+      if (general && blocks % 4 == 3) continue;
+      const Answer first = test.Run(blocks, general);
+      test.Compare(first, allowed_differences);
+      if (blocks != 4) continue;
+      const Answer again = test.Run(blocks, general);
+      GPU_CHECK(first.state_output == again.state_output) << name << " is not reproducible\n";
+    }
   }
 }
 
@@ -189,6 +200,10 @@ GPU_TEST(SelectThirtyTwoHeads) { RunCase("many_heads"); }
 GPU_TEST(SelectEmptyStateIsMinusInfinity) { RunCase("nothing_left"); }
 GPU_TEST(SelectTiesGoToTheLowerCluster) { RunCase("ties"); }
 GPU_TEST(SelectPeakedQueriesDoNotUnderflow) { RunCase("peaked"); }
+GPU_TEST(SelectOfOneToken) { RunCase("one_token"); }
+GPU_TEST(SelectThreeHeadsOverManyParts) { RunCase("three_heads"); }
+GPU_TEST(SelectEqualTokensGoToTheLowerPosition) { RunCase("equal_tokens"); }
+GPU_TEST(SelectAmongClustersOfNearlyEqualRank) { RunCase("flat", 2); }
 
 }  // namespace
 }  // namespace clusterkv::gpu_test

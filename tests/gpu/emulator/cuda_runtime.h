@@ -28,6 +28,7 @@
 #define __device__
 #define __host__
 #define __forceinline__ inline
+#define __noinline__
 #define __launch_bounds__(...)
 #define __grid_constant__
 
@@ -35,6 +36,9 @@ struct dim3 {
   unsigned x = 1, y = 1, z = 1;
   constexpr dim3(unsigned x_in = 1, unsigned y_in = 1, unsigned z_in = 1)
       : x(x_in), y(y_in), z(z_in) {}
+};
+struct alignas(8) int2 {
+  int x, y;
 };
 struct alignas(8) uint2 {
   uint32_t x, y;
@@ -48,6 +52,7 @@ struct alignas(8) float2 {
 struct alignas(16) float4 {
   float x, y, z, w;
 };
+inline int2 make_int2(int x, int y) { return {x, y}; }
 inline uint2 make_uint2(uint32_t x, uint32_t y) { return {x, y}; }
 inline uint4 make_uint4(uint32_t x, uint32_t y, uint32_t z, uint32_t w) { return {x, y, z, w}; }
 inline float2 make_float2(float x, float y) { return {x, y}; }
@@ -168,6 +173,8 @@ extern dim3 block_dim, grid_dim;
 extern int cluster_blocks;
 
 unsigned char* SharedMemory();
+// That of block `rank` of the running thread's cluster.
+unsigned char* SharedMemoryOf(int rank);
 void SyncThreads();
 void SyncCluster();
 // All lanes of `mask` exchange `words` 32-bit words: out receives every lane's, [32][words].
@@ -263,6 +270,10 @@ inline unsigned __byte_perm(unsigned a, unsigned b, unsigned s) {
   for (int i = 0; i < 4; ++i)
     r |= static_cast<unsigned>(both >> (8 * (s >> (4 * i) & 7)) & 0xff) << (8 * i);
   return r;
+}
+inline unsigned __funnelshift_l(unsigned low, unsigned high, unsigned shift) {
+  const uint64_t both = static_cast<uint64_t>(high) << 32 | low;
+  return static_cast<unsigned>(both << (shift & 31) >> 32);
 }
 inline unsigned __float_as_uint(float x) {
   unsigned r;

@@ -189,6 +189,8 @@ void RunCluster(dim3 grid, dim3 block, size_t shared_bytes, int first_block, int
 
 unsigned char* SharedMemory() { return SharedOf(blocks[current->block_in_cluster]); }
 
+unsigned char* SharedMemoryOf(int rank) { return SharedOf(blocks[rank]); }
+
 void SyncThreads() {
   Block& block = blocks[current->block_in_cluster];
   Wait(block.barrier, block.live);

@@ -1,0 +1,342 @@
+// Selection and answer of one (sequence, KV head) pair by one block or one thread-block cluster.
+//
+// For the usual shape: up to 4 query heads of 128 channels per KV head, codes of 2 bits in groups
+// of 32 channels or none in use. select_cuda.cu launches it for a batch; a resident kernel may call
+// it too. Other shapes: select_cuda.cu.
+//
+//   1  logits of the centroids            each block its share, on the matrix unit; to all blocks
+//      -- barrier of the cluster
+//   2  softmax, rank, clusters to score   every block all of it: cheaper than to share
+//   3  logits of their tokens by codes    each block its share; to all blocks. Meanwhile estimated
+//      -- barrier                         clusters' value means; value codes into shared memory
+//   4  softmax, exact zone                every block all of it
+//   5  coded and estimated state          each block its share; each channel to its owner
+//      -- barrier
+//   6  sum of the blocks' states          each block its channels; the last one wrote the selection
+//
+// Each place is a multiprocessor's latency: what is short of it is threads in step, not memory. So
+// blocks exchange logits by shared memory, what many threads read is read by 16 bytes, and loads
+// are asked for a phase before they are used. Logits are kept in units of log2, so that exp2 does.
+#ifndef CLUSTERKV_KERNELS_SELECT_ANSWER_PAIR_CUH_
+#define CLUSTERKV_KERNELS_SELECT_ANSWER_PAIR_CUH_
+
+#include <cstdint>
+
+#include "kernels/base/cuda_util.cuh"
+#include "kernels/codec/code_packing.cuh"
+#include "kernels/select/select_cuda.h"
+#include "kernels/select/threshold.cuh"
+
+namespace clusterkv::kernels::cuda {
+
+constexpr int kAnswerHeads = 4;    // query heads that a pair has room for
+constexpr int kAnswerDim = 128;    // channels
+constexpr int kAnswerTile = 16;    // rows of one matrix product
+constexpr int kAnswerParts = 8;    // parts that are copied into shared memory
+constexpr int kAnswerBlocks = 16;  // of a pair at most
+constexpr int kAnswerGroups = 4;   // scale groups of a token's codes
+constexpr int kAnswerCodeBytes = 96, kAnswerValueBytes = 48;  // of a token; of its value codes
+constexpr int kAnswerRow = kAnswerDim + 8;                    // of partial states: spreads banks
+
+// What a launch works out once; by value into a kernel.
+struct AnswerPlan {
+  SelectCudaParams params;
+  int blocks;        // of the cluster that answers a pair
+  int room;          // tokens to take clusters for, at most
+  int max_listed;    // clusters that are touched at most
+  int staged_tiles;  // of a block's tiles: their value codes stay in shared memory
+  bool refine;       // score by codes
+  // Offsets of arrays in shared memory, bytes.
+  int cluster_logits, sizes, slots, values, token_logits, keys, kinds;
+  int listed, listed_start, listed_slot, estimated, token_entry, exact, exact_token, exact_position,
+      sinks;
+  int shared_bytes;
+};
+
+// What has a fixed size in shared memory.
+struct AnswerShared {
+  DeviceIndexPart parts[kAnswerParts];
+  ThresholdScratch threshold;  // its histogram: tokens per range of ranks
+  alignas(16) int bin_counts[kHistogramBins];
+  alignas(16) uint2 centroid_query[kAnswerDim / 8][kWarp];       // operands of tf32 products
+  alignas(16) uint2 code_query[kAnswerDim / kCodeBlock][kWarp];  // operands of half products
+  alignas(16) float query[kAnswerHeads][kAnswerDim];             // weighted, times scale and log2 e
+  alignas(16) float balanced[kAnswerHeads][kAnswerDim];          // that over the K balance
+  alignas(16) float raw[kAnswerHeads][kAnswerDim];  // as it came, times scale and log2 e
+  alignas(16) float inverse_v[kAnswerDim];          // 1 / V balance
+  float query_sums[kAnswerGroups][kAnswerHeads];    // of `balanced` over each scale group
+  float query_unit[kAnswerHeads];                   // what code_query was divided by
+  // Per warp, [kWarp][4 heads]: of the running softmax, of estimated and of coded logits, and the
+  // state's weights.
+  alignas(16) float warp_max[kWarp * 4], warp_sum[kWarp * 4], warp_estimated[kWarp * 4],
+      warp_coded[kWarp * 4], warp_weights[kWarp * 4];
+  alignas(16) float4 block_weights[kAnswerBlocks];  // of each block, from each block
+  float state_parts[kAnswerHeads * kAnswerDim + kAnswerBlocks * kAnswerBlocks];  // from each block
+  int2 scan[kWarp];
+  int found_bin, found_tokens, found_count, candidates;  // where touched clusters or exact end
+  int found_bin2, found_count2, candidates2;             // where estimated clusters end
+  int touched, exact_count;
+  int places[kThresholdCandidates];  // of clusters near where the touched ones end, in rank
+};
+
+inline int AnswerAlign(int64_t bytes) { return static_cast<int>((bytes + 15) / 16 * 16); }
+
+// Fills `plan` for pairs answered by `blocks` blocks each. False: another shape, or its arrays do
+// not fit in shared_limit bytes of shared memory.
+inline bool MakeAnswerPlan(const SelectCudaParams& p, int blocks, int64_t shared_limit,
+                           AnswerPlan* plan) {
+  const bool refine = p.code_bits > 0 && p.scored_tokens > 0;
+  const bool codes = !refine || (p.code_bits == 2 && p.group_channels == 32);
+  if (p.group > kAnswerHeads || p.head_dim != kAnswerDim || !codes || p.max_clusters > 16384) {
+    return false;
+  }
+  *plan = {};
+  plan->params = p;
+  plan->blocks = blocks;
+  plan->refine = refine;
+  plan->room = p.budget_tokens > p.scored_tokens ? p.budget_tokens : p.scored_tokens;
+  plan->max_listed = p.max_clusters < plan->room ? p.max_clusters : plan->room;
+  const int64_t clusters = p.max_clusters + 4, room = plan->room, listed = plan->max_listed + 4;
+  const int64_t partial = int64_t{16} * kAnswerHeads * kAnswerRow * 4;
+  int64_t at = AnswerAlign(sizeof(AnswerShared));
+  const auto take = [&at](int64_t bytes) {
+    const int64_t here = at;
+    at = here + AnswerAlign(bytes);
+    return static_cast<int>(here < (int64_t{1} << 30) ? here : int64_t{1} << 30);
+  };
+  // Partial states lie where these two were.
+  plan->cluster_logits = take(16 * clusters);
+  plan->sizes = take(4 * clusters);
+  if (at < plan->cluster_logits + partial) at = plan->cluster_logits + AnswerAlign(partial);
+  plan->token_logits = take(refine ? 16 * room : 0);
+  plan->keys = take(4 * (clusters > room ? clusters : room));
+  plan->kinds = take(clusters);
+  plan->listed = take(2 * listed);
+  plan->listed_start = take(2 * listed);
+  plan->listed_slot = take(4 * listed);
+  plan->estimated = take(2 * static_cast<int64_t>(p.estimated_fraction * p.max_clusters) + 8);
+  plan->token_entry = take(2 * room);
+  plan->exact = take(room);
+  plan->exact_token = take(4 * int64_t{p.budget_tokens});
+  plan->exact_position = take(4 * int64_t{p.budget_tokens});
+  plan->sinks = take(16 * int64_t{p.max_sinks});
+  // Value codes lie where the slots were, and behind them.
+  plan->slots = plan->values = take(4 * clusters);
+  if (at > shared_limit) return false;
+  const int64_t tile = kAnswerTile * kAnswerValueBytes;
+  const int64_t tiles = (room + kAnswerTile - 1) / kAnswerTile, own = (tiles + blocks - 1) / blocks;
+  if (refine && p.answer_scored) {
+    const int64_t fit = (shared_limit - plan->values) / tile;
+    plan->staged_tiles = static_cast<int>(own < fit ? own : fit);
+    if (plan->values + plan->staged_tiles * tile > at)
+      at = plan->values + plan->staged_tiles * tile;
+  }
+  plan->shared_bytes = static_cast<int>(at);
+  return true;
+}
+
+// ---- numbers of four heads
+// ----------------------------------------------------------------------
+
+__device__ __forceinline__ float4 Max4(float4 a, float4 b) {
+  return make_float4(fmaxf(a.x, b.x), fmaxf(a.y, b.y), fmaxf(a.z, b.z), fmaxf(a.w, b.w));
+}
+__device__ __forceinline__ float4 Add4(float4 a, float4 b) {
+  return make_float4(a.x + b.x, a.y + b.y, a.z + b.z, a.w + b.w);
+}
+__device__ __forceinline__ float4 Filled4(float x) { return make_float4(x, x, x, x); }
+// a += w · b
+__device__ __forceinline__ void AddScaled4(float4& a, float w, float4 b) {
+  a = make_float4(a.x + w * b.x, a.y + w * b.y, a.z + w * b.z, a.w + w * b.w);
+}
+template <bool kSum>
+__device__ __forceinline__ float Join(float a, float b) {
+  return kSum ? a + b : fmaxf(a, b);
+}
+// Over the warp, of each head: in lane l that of head l / 8.
+template <bool kSum>
+__device__ __forceinline__ float WarpJoin4(float4 x) {
+  const bool high = threadIdx.x % kWarp >= 16, odd = threadIdx.x / 8 % 2 == 1;
+  float keep0 = high ? x.z : x.x, keep1 = high ? x.w : x.y;
+  const float give0 = high ? x.x : x.z, give1 = high ? x.y : x.w;
+  keep0 = Join<kSum>(keep0, __shfl_xor_sync(kFullMask, give0, 16));
+  keep1 = Join<kSum>(keep1, __shfl_xor_sync(kFullMask, give1, 16));
+  const float give = odd ? keep0 : keep1;
+  float keep = Join<kSum>(odd ? keep1 : keep0, __shfl_xor_sync(kFullMask, give, 8));
+#pragma unroll
+  for (int offset = 4; offset > 0; offset /= 2) {
+    keep = Join<kSum>(keep, __shfl_xor_sync(kFullMask, keep, offset));
+  }
+  return keep;
+}
+// From lanes `step` apart, as WarpJoin4 (8) leaves them.
+__device__ __forceinline__ float4 Spread4(float x, int step) {
+  return make_float4(__shfl_sync(kFullMask, x, 0), __shfl_sync(kFullMask, x, step),
+                     __shfl_sync(kFullMask, x, 2 * step), __shfl_sync(kFullMask, x, 3 * step));
+}
+constexpr float kAnswerNegativeInfinity = -__builtin_huge_valf();
+__device__ __forceinline__ float ZeroIfNone(float x) {
+  return x == kAnswerNegativeInfinity ? 0.0f : x;
+}
+
+// ---- a pair
+// -------------------------------------------------------------------------------------
+
+// One object per thread; all threads of all blocks of the pair's cluster construct it and call
+// Begin, then Finish, together. `shared`: plan.shared_bytes of shared memory, at the same place in
+// each block, aligned to 16; free again when Finish returns. kThreads: of a block.
+template <int kThreads>
+class PairAnswer {
+  static constexpr int kWarps = kThreads / kWarp;
+  static_assert(kWarps <= 16 && kThreads % kAnswerDim == 0);
+
+ public:
+  __device__ __forceinline__ PairAnswer(const AnswerPlan& plan, unsigned char* shared, int rank)
+      : plan_(plan),
+        base_(shared),
+        s_(*reinterpret_cast<AnswerShared*>(shared)),
+        rank_(rank),
+        thread_(static_cast<int>(threadIdx.x)),
+        lane_(thread_ % kWarp),
+        warp_(thread_ / kWarp) {}
+
+  // Everything that the queries are not needed for: asks for the first centroids, reads sizes. A
+  // resident kernel calls it before the queries are there.
+  __device__ __forceinline__ void Begin(const SelectCudaPair& pair);
+  // Answers: row `row` of `out`. `queries` [group, 128]. The results are written when all threads
+  // of all blocks have returned; a fence is the caller's.
+  __device__ __forceinline__ void Finish(const float* queries, const SelectCudaOutput& out,
+                                         int row);
+
+ private:
+  template <typename T>
+  __device__ __forceinline__ T* Array(int offset) const {
+    return reinterpret_cast<T*>(base_ + offset);
+  }
+  __device__ __forceinline__ float4* ClusterLogits() { return Array<float4>(plan_.cluster_logits); }
+  __device__ __forceinline__ float4* TokenLogits() { return Array<float4>(plan_.token_logits); }
+  __device__ __forceinline__ int* Sizes() { return Array<int>(plan_.sizes); }
+  __device__ __forceinline__ uint32_t* Keys() { return Array<uint32_t>(plan_.keys); }
+  // Of clusters: 0 out, 1 touched, 2 estimated.
+  __device__ __forceinline__ unsigned char* Kinds() { return Array<unsigned char>(plan_.kinds); }
+  __device__ __forceinline__ unsigned char* Exact() { return Array<unsigned char>(plan_.exact); }
+  __device__ __forceinline__ uint16_t* Listed() { return Array<uint16_t>(plan_.listed); }
+  __device__ __forceinline__ uint16_t* ListedStart() { return Array<uint16_t>(plan_.listed_start); }
+  __device__ __forceinline__ int* ListedSlot() { return Array<int>(plan_.listed_slot); }
+  __device__ __forceinline__ uint16_t* Estimated() { return Array<uint16_t>(plan_.estimated); }
+  __device__ __forceinline__ uint16_t* TokenEntry() { return Array<uint16_t>(plan_.token_entry); }
+  __device__ __forceinline__ float* Partial() { return Array<float>(plan_.cluster_logits); }
+
+  __device__ __forceinline__ const DeviceIndexPart& PartOf(int cluster, int* part_index) const {
+    int k = part_count_ - 1;
+    while (k > 0 && parts_[k].first_cluster > cluster) --k;
+    *part_index = k;
+    return parts_[k];
+  }
+  __device__ __forceinline__ const DeviceIndexPart& PartOf(int cluster) const {
+    int k;
+    return PartOf(cluster, &k);
+  }
+  // Element of a view [kv_heads, rows of a head].
+  __device__ __forceinline__ const unsigned char* Element(const DevicePagedView& view, int rows,
+                                                          int row) const {
+    return view.At(static_cast<uint32_t>(kv_head_) * static_cast<uint32_t>(rows) +
+                   static_cast<uint32_t>(row));
+  }
+  __device__ __forceinline__ const unsigned char* ValueMean(int cluster) const {
+    const DeviceIndexPart& part = PartOf(cluster);
+    return Element(part.value_means, part.clusters, cluster - part.first_cluster);
+  }
+  __device__ __forceinline__ int SlotOf(int token) {
+    const int entry = TokenEntry()[token];
+    return ListedSlot()[entry] + token - ListedStart()[entry];
+  }
+  __device__ __forceinline__ const unsigned char* CodesOf(int token) {
+    const DeviceIndexPart& part = PartOf(Listed()[TokenEntry()[token]]);
+    return Element(part.codes, part.tokens, SlotOf(token));
+  }
+  // The block's share of tiles of 16 rows.
+  __device__ __forceinline__ void Share(int rows, int* begin, int* end) const {
+    const int tiles = (rows + kAnswerTile - 1) / kAnswerTile;
+    *begin = tiles * rank_ / plan_.blocks;
+    *end = tiles * (rank_ + 1) / plan_.blocks;
+  }
+
+  // answer_pair-inl.cuh, in the order of their use.
+  __device__ __forceinline__ void CopyParts(const SelectCudaPair& pair);
+  __device__ __forceinline__ void PrefetchPages();
+  __device__ __forceinline__ void LoadSizes();
+  __device__ __forceinline__ void LocateCentroids(int tile);
+  template <int kHalf>
+  __device__ __forceinline__ void FetchCentroids();
+  template <int kHalf>
+  __device__ __forceinline__ void MultiplyCentroids(float (&sums)[4][4]);
+  __device__ __forceinline__ void PrepareQueries(const float* queries);
+  __device__ __forceinline__ void PrepareCodeQueries();
+  __device__ __forceinline__ float4 TileRow(float (&sum)[4]) const;
+  __device__ __forceinline__ void Publish(float4* rows, int row, float4 logits);
+  __device__ __forceinline__ void ScoreCentroids();
+  __device__ __forceinline__ void ScoreSinks();
+  template <bool kClusters>
+  __device__ __forceinline__ float4 SoftmaxLogSums(const float4* logits, int n);
+  template <bool kClusters>
+  __device__ __forceinline__ void RankItems(const float4* logits, int n);
+  __device__ __forceinline__ int2 ScanBlock(int2 x, int2* total);
+  template <bool kTokens>
+  __device__ __forceinline__ void CountBins(int (&tokens)[kHistogramBins / kThreads],
+                                            int (&counts)[kHistogramBins / kThreads], int2* before);
+  __device__ __forceinline__ void ChooseClusters();
+  __device__ __forceinline__ void ChooseTouched(int room);
+  __device__ __forceinline__ void ChooseEstimated(int wanted,
+                                                  const int (&counts)[kHistogramBins / kThreads],
+                                                  int before);
+  __device__ __forceinline__ void ListClusters();
+  __device__ __forceinline__ void ListTokens();
+  __device__ __forceinline__ float4 CombineWarps(const float* of_warps) const;
+  __device__ __forceinline__ void FetchCodes(int tile);
+  __device__ __forceinline__ void StageValues(int local);
+  __device__ __forceinline__ void ScoreTile(int tile, const uint4 (&codes)[2][3]);
+  __device__ __forceinline__ void ScoreTokens();
+  __device__ __forceinline__ void PrefetchMeans();
+  __device__ __forceinline__ void SumEstimated();
+  __device__ __forceinline__ void ChooseExact();
+  __device__ __forceinline__ void ChooseExactAmong(int wanted);
+  __device__ __forceinline__ void ChooseExactSlowly(int wanted);
+  __device__ __forceinline__ void SumTouched();
+  __device__ __forceinline__ int ValueExponent(int begin, int end);
+  __device__ __forceinline__ void AddTile(int tile, int local, float up, float (&sum)[8][4],
+                                          float (&lows)[kAnswerGroups]);
+  __device__ __forceinline__ void SumCodes();
+  __device__ __forceinline__ void AddCodes(const float (&sum)[8][4], float (&lows)[kAnswerGroups],
+                                           float down);
+  __device__ __forceinline__ void SumState(int position);
+  __device__ __forceinline__ int ExactPosition(int i);
+  __device__ __forceinline__ void WriteSelection(const SelectCudaOutput& out, int row);
+  __device__ __forceinline__ void WriteState(const SelectCudaOutput& out, int row, bool any);
+
+  const AnswerPlan& plan_;
+  unsigned char* base_;
+  AnswerShared& s_;
+  const int rank_, thread_, lane_, warp_;
+
+  int part_count_ = 0, clusters_ = 0, kv_head_ = 0, sinks_ = 0;
+  const DeviceIndexPart* parts_ = nullptr;
+  const unsigned char* sink_keys_ = nullptr;
+  int64_t sink_stride_ = 0;
+  int tile_end_ = 0, tile_ = 0;            // of the warp's next tile of centroids
+  const unsigned char* centroid_[2] = {};  // rows r and r + 8 of it
+  float4 rows_[2][4][2];                   // its halves: [half][16 channels][row]
+  float weight_ = 0, balance_ = 0;         // of channel thread_ % 128
+  int listed_count_ = 0, token_count_ = 0, estimated_count_ = 0;
+  uint4 codes_[2][3];                      // of tokens r and r + 8: scales and lows, bits
+  const unsigned char* code_row_[2] = {};  // where they are
+  float4 state_[kAnswerHeads];             // of channels 4 lane ..: the warp's part of the state
+  float weights_ = 0;                      // of head lane % 4: the lane's part of the weights' sum
+  float4 estimated_max_, state_max_;
+};
+
+}  // namespace clusterkv::kernels::cuda
+
+#include "kernels/select/answer_pair-inl.cuh"
+
+#endif  // CLUSTERKV_KERNELS_SELECT_ANSWER_PAIR_CUH_
