@@ -133,6 +133,7 @@ class Attachments {
   void Clear();
   int64_t size() const;
   int64_t of_sessions() const;  // those that end with a session
+  int64_t links() const;        // that stand: set up, and not failed
 
  private:
   std::vector<std::shared_ptr<Attachment>> TakeIf(

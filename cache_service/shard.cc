@@ -475,6 +475,7 @@ v1::Stats ShardImpl::GetStats() {
   stats.set_reserved_pages(static_cast<uint64_t>(ledger.reserved));
   stats.set_sequences(static_cast<uint32_t>(store_.size()));
   stats.set_attachments(static_cast<uint32_t>(attachments_.size()));
+  stats.set_links(static_cast<uint32_t>(attachments_.links()));
   stats.set_sessions(static_cast<uint32_t>(sessions_.size()));
   stats.set_queued_selects(static_cast<uint32_t>(executors_->queued_selects.load()));
   stats.set_queued_builds(static_cast<uint32_t>(executors_->queued_builds.load()));

@@ -228,9 +228,11 @@ TEST_F(ShardDeviceTest, APeerLinkPutsRecordsIntoTheWorkersSlots) {
   EXPECT_GT(recalled, 0);
   EXPECT_EQ((*shard)->GetStats().link_bytes(),
             static_cast<uint64_t>(recalled * worker.record_bytes()));
+  EXPECT_EQ((*shard)->GetStats().links(), 1u);
 
   // Taken away, records come in the answer again.
   EXPECT_EQ(worker.Connect(v1::LINK_GRPC).link(), v1::LINK_GRPC);
+  EXPECT_EQ((*shard)->GetStats().links(), 0u);
   const SelectAnswer answer = worker.Select(5);
   ASSERT_TRUE(answer.status.ok()) << answer.status;
   EXPECT_FALSE(answer.by_link);

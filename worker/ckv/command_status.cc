@@ -59,6 +59,7 @@ Json StatsJson(const v1::Stats& stats) {
           {"device", stats.device()},
           {"device_selects", stats.device_selects()},
           {"device_fallbacks", stats.device_fallbacks()},
+          {"standing_links", stats.links()},
           {"link_bytes", stats.link_bytes()},
           {"sequences", stats.sequences()},
           {"attachments", stats.attachments()},
