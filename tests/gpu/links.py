@@ -5,7 +5,8 @@ Usage: links.py --bin=DIR --out=DIR [--trace=FILE ...] [--faults] [--kills=N]
 Without --faults: replays the trace over peer, nccl and grpc and against a server without a GPU.
 Recalled bytes must be the same over all three, and the selections those of the CPU in 99.9 % of
 tokens. With --faults: kills the worker in the middle of a replay, --kills times per link; each time
-the server must serve another replay within 3 s, and at the end hold no more GPU memory than before.
+the server must serve another replay within 3 s, and at the end hold no more GPU memory than before;
+then stops a worker for 10 s, and kills the server.
 Writes DIR/links.json or DIR/faults.json, as gpu.json.
 """
 import argparse
@@ -285,6 +286,75 @@ def run_faults(args, failures):
     return rows
 
 
+def begin_replay(server, link, device, name):
+    """A replay that decodes; what it reports goes to NAME.json."""
+    process = subprocess.Popen(
+        server.replay_command(link, device, f"--json={server.args.out / name}.json"),
+        stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+    server.await_selects(process)
+    return process
+
+
+def run_stops(args, failures):
+    """A worker that stands still for 10 s, and a server that is killed, in the middle of recalls."""
+    rows = []
+    names = gpus()
+    worker = "cuda:1" if len(names) > 1 else "cuda:0"
+    for link in [one for one in args.links.split(",") if one != "nccl" or len(names) > 1]:
+        server = Server(args, "cuda:0")
+        whole, _ = replay(server, link, worker, f"{link}.undisturbed")
+        _, short = replay(server, "grpc", "cpu", f"{link}.other", "--steps=2")
+
+        # Its session ends meanwhile (2 s), its attachment with it: it must attach anew.
+        process = begin_replay(server, link, worker, f"{link}.stopped")
+        process.send_signal(signal.SIGSTOP)
+        stopped = time.monotonic()
+        _, seconds = replay(server, "grpc", "cpu", f"{link}.other", "--steps=2")
+        time.sleep(max(0, 10 - (time.monotonic() - stopped)))
+        process.send_signal(signal.SIGCONT)
+        said = process.communicate(timeout=120)[0]
+        same = False
+        if process.returncode == 0:
+            layers = json.loads((args.out / f"{link}.stopped.json").read_text())["layers"]
+            same = all(a["output_error"] == b["output_error"]
+                       for a, b in zip(layers, whole["layers"]))
+        if not same:
+            failures.append(f"{link}: stopped for 10 s: exit {process.returncode}: {said[-500:]}")
+        if seconds - short > RECOVERY_SECONDS:
+            failures.append(f"{link}: {seconds - short:.2f} s late beside a stopped worker")
+        rows.append({"name": f"{link}: worker stopped for 10 s: another replay over an undisturbed "
+                             "one", "value": seconds - short, "unit": "s", "peer": "undisturbed",
+                     "peer_value": short, "ratio": None, "target": f"<= {RECOVERY_SECONDS}"})
+        rows.append({"name": f"{link}: worker stopped for 10 s: its output afterwards",
+                     "value": int(same), "unit": "1: as undisturbed", "peer": "undisturbed",
+                     "peer_value": 1, "ratio": int(same), "target": "1"})
+
+        process = begin_replay(server, link, worker, f"{link}.orphan")
+        server.process.kill()
+        server.process.wait()
+        killed = time.monotonic()
+        try:
+            said = process.communicate(timeout=60)[0]
+            seconds = time.monotonic() - killed
+        except subprocess.TimeoutExpired:
+            process.kill()
+            said, seconds = "(still running after 60 s)", 60.0
+        # A typed error, not a crash and not an answer.
+        if process.returncode <= 0 or "Error" not in said and "UNAVAILABLE" not in said:
+            failures.append(f"{link}: server killed: exit {process.returncode}: {said[-500:]}")
+        print(f"{link}: server killed: the worker says: {said.strip().splitlines()[-1:]}")
+        rows.append({"name": f"{link}: server killed: until its worker ends with an error",
+                     "value": seconds, "unit": "s", "peer": None, "peer_value": None,
+                     "ratio": None, "target": None})
+        server = Server(args, "cuda:0")
+        again, _ = replay(server, link, worker, f"{link}.restarted")
+        if any(a["recalled_digest"] != b["recalled_digest"]
+               for a, b in zip(again["layers"], whole["layers"])):
+            failures.append(f"{link}: other bytes from the server's successor")
+        server.stop()
+    return rows
+
+
 def main():
     parser = argparse.ArgumentParser()
     parser.add_argument("--bin", type=pathlib.Path, required=True)
@@ -301,7 +371,7 @@ def main():
     args.out.mkdir(parents=True, exist_ok=True)
     failures = []
     if args.faults:
-        rows = run_faults(args, failures)
+        rows = run_faults(args, failures) + run_stops(args, failures)
     else:
         rows = run_links(args, failures) + run_service(args, failures)
     for row in rows:
