@@ -28,6 +28,7 @@ import argparse
 import dataclasses
 import hashlib
 import json
+import os
 import sys
 import threading
 import time
@@ -183,6 +184,12 @@ class Figures:
     selection: str = ""                                                       # digest, of the first layer
     clusters: list[float] = dataclasses.field(default_factory=list)  # share of tokens in the oracle's cluster
 
+    @staticmethod
+    def parse(fields: dict) -> "Figures":
+        """Of dataclasses.asdict, through JSON."""
+        compared = {int(layer): pair for layer, pair in fields.pop("compared").items()}
+        return Figures(**fields, compared=compared)
+
     def add(self, other: "Figures") -> None:
         for name, number in other.sums.items():
             self.sums[name] += number
@@ -253,8 +260,9 @@ class OracleMethod(Method):
 class ServiceMethod(Method):
     """A preset through the server."""
 
-    def __init__(self, spec, options, connection, sequence, query_rms):
+    def __init__(self, spec, options, connection, sequence, query_rms, is_first_of_index):
         super().__init__(spec, options)
+        self.is_first_of_index = is_first_of_index  # of the methods that share a preset and a start
         self.sequence, self.query_rms = sequence, query_rms
         one_step = spec.name == "clusterkv" and options.one_step_clusterkv
         # A one-step cache holds whatever one step selects: each query head of a group its own.
@@ -290,7 +298,7 @@ class ServiceMethod(Method):
                 positions[begin] = self.decoder.last_positions(index)
         out = out.to(q.device).view(steps, len(k), -1, query.shape[2]).transpose(0, 1)
         if positions and index == 0:
-            self.figures.selection = json.dumps(positions)
+            self.figures.selection = hashlib.sha256(json.dumps(positions).encode()).hexdigest()[:16]
         if positions:
             self.compare(layer, positions, out, q, k, v)
         return out
@@ -300,8 +308,9 @@ class ServiceMethod(Method):
         prompt, steps = k.shape[1] - q.shape[1], sorted(positions)
         labels = self.service_labels(layer, prompt, k.device)
         heads = head_indexes(self.spec, k, v, prompt, self.query_rms[layer], labels)
-        for mine, theirs in zip(head_indexes(self.spec, k, v, prompt, self.query_rms[layer]), labels):
-            self.figures.clusters.append((mine.labels == theirs).float().mean().item())
+        if self.is_first_of_index:
+            for mine, theirs in zip(head_indexes(self.spec, k, v, prompt, self.query_rms[layer]), labels):
+                self.figures.clusters.append((mine.labels == theirs).float().mean().item())
         tally = self.figures.compared.setdefault(layer, [0, 0])
         difference = norm = 0.0
         for h, head in enumerate(heads):
@@ -399,10 +408,12 @@ def evaluate(model, sequence: tasks.Sequence, specs: list[Spec], connection, opt
     prefilled = time.monotonic()
     ingest = Ingest(connection, specs, prompt, prefill.query_rms, model.config, options.dense_layers)
     methods: list[Method] = []
+    indexes: set[tuple] = set()
     for spec in specs:
         if spec.name in oracle.PRESETS:
             methods.append(ServiceMethod(spec, options, connection, ingest.sequences[Ingest.key(spec)],
-                                         prefill.query_rms))
+                                         prefill.query_rms, (spec.name, spec.seed) not in indexes))
+            indexes.add((spec.name, spec.seed))
         else:
             methods.append(OracleMethod(spec, options, prefill.query_rms) if spec.preset
                            else Baseline(spec, options))
@@ -454,7 +465,8 @@ def table_rows(specs: list[Spec], results: list[tuple[str, list[dict]]]) -> list
             row["oracle_compared_tokens"] = tokens
             row["oracle_difference"] = float(np.mean(figures.apart))
             row["selection"] = figures.selection
-            row["oracle_clusters"] = float(np.mean(figures.clusters))
+            if figures.clusters:
+                row["oracle_clusters"] = float(np.mean(figures.clusters))
         row["per_sequence"] = {name: columns[name] for name in ("needle", "copy", "nll") if columns[name]}
         rows.append(row)
     return rows
@@ -493,11 +505,31 @@ def parse(argv):
     parser.add_argument("--chunk", type=int, default=64, help="steps that a baseline computes at once")
     parser.add_argument("--parallel", type=int, default=1, help="sequences under way at a time")
     parser.add_argument("--threads", type=int, help="of PyTorch on the CPU")
+    parser.add_argument("--resume", metavar="FILE",
+                        help="go on from the report of a run over the same sequences that was ended")
     parser.add_argument("--append", metavar="FILE",
                         help="take the rows of an earlier report over the same sequences into this one")
     parser.add_argument("--json")
     parser.add_argument("--svg")
     return parser.parse_args(argv)
+
+
+def write_report(options, report: dict, done: dict[tuple[str, int], list[dict]]) -> None:
+    results = [[*task, [{**one, "figures": dataclasses.asdict(one["figures"])} for one in of_methods]]
+               for task, of_methods in sorted(done.items())]
+    with open(options.json + ".part", "w", encoding="utf-8") as file:
+        json.dump({**report, "methods": options.methods, "results": results}, file)
+    os.replace(options.json + ".part", options.json)
+
+
+def resumed(options, report: dict) -> dict[tuple[str, int], list[dict]]:
+    with open(options.resume, encoding="utf-8") as file:
+        before = json.load(file)
+    if before["methods"] != options.methods or any(
+            before[name] != report[name] for name in report if name != "sequences"):
+        raise SystemExit(f"--resume: {options.resume} is of other sequences or methods")
+    return {(kind, index): [{**one, "figures": Figures.parse(one["figures"])} for one in of_methods]
+            for kind, index, of_methods in before["results"]}
 
 
 def main(argv=None) -> int:
@@ -522,28 +554,33 @@ def main(argv=None) -> int:
             raise SystemExit(f"--append: {options.append} is of other sequences")
         earlier = before["rows"]
 
-    def one(task: tuple[str, int]):
-        return task[0], evaluate(model, builder.build(*task), specs, connection, options)
+    kinds = options.kinds.split(",")
+    order = [(kind, index) for index in range(options.sequences) for kind in kinds]
+    done = resumed(options, report) if options.resume else {}
+    writing = threading.Lock()
 
-    order = [(kind, index) for index in range(options.sequences) for kind in options.kinds.split(",")]
-    results, rows = [], []
+    def rows() -> list[dict]:
+        """Of the first sequences that are there of every kind: the run may be ended before the last."""
+        report["sequences"] = next(i for i in range(options.sequences + 1)
+                                   if i == options.sequences or any((kind, i) not in done for kind in kinds))
+        whole = [(kind, done[kind, i]) for kind, i in order if i < report["sequences"]]
+        return earlier + table_rows(specs, whole) if whole else []
+
+    def one(task: tuple[str, int]) -> None:
+        result = evaluate(model, builder.build(*task), specs, connection, options)
+        with writing:
+            done[task] = result
+            if options.json:
+                write_report(options, {"rows": rows(), **report}, done)
+
     sys.setswitchinterval(1e-4)  # the threads of the methods wait for the server most of the time
     with ThreadPoolExecutor(options.parallel) as pool:
-        for result in pool.map(one, order):
-            results.append(result)
-            if len(results) % (len(order) // options.sequences):
-                continue
-            # One more of each kind: the report says how many, should the run be ended here.
-            report["sequences"] = len(results) * options.sequences // len(order)
-            rows = earlier + table_rows(specs, results)
-            if options.json:
-                with open(options.json, "w", encoding="utf-8") as file:
-                    json.dump({**report, "rows": rows}, file, indent=1)
-    print_table(rows)
+        list(pool.map(one, [task for task in order if task not in done]))
+    print_table(rows())
     if options.svg:
         from plot import write_plot
 
-        write_plot(rows, options.svg)
+        write_plot(rows(), options.svg)
     return 0
 
 
