@@ -10,6 +10,7 @@ import clusterkv
 from clusterkv import _calls, aio
 from clusterkv.v1 import cache_service_pb2 as pb
 from clusterkv.v1 import types_pb2 as types
+
 from conftest import Server
 
 SHAPE = dict(layers=2, kv_heads=2, query_heads=4, head_dim=32, dtype="float32")
@@ -103,6 +104,29 @@ def test_errors_are_typed_and_name_the_field(server):
         stale.boot_id ^= 1
         with pytest.raises(clusterkv.StaleHandleError):
             client.get(stale)
+
+
+def test_a_sequence_of_another_shard_names_its_owner(server_program, tmp_path):
+    shards = tmp_path / "shards"
+    shards.write_text("a 127.0.0.1:7400\nb kv-b.example:7400\n")
+    server = Server(server_program, flags=[f"--shards_file={shards}", "--shard_name=a"])
+    refused = []
+    with clusterkv.Client(server.target) as client:
+        for i in range(16):
+            with pytest.raises((clusterkv.NotOwnerError, clusterkv.NotFoundError)) as error:
+                client.get(f"seq-{i}")
+            if isinstance(error.value, clusterkv.NotOwnerError):
+                refused.append(error.value)
+    assert server.stop() == 0
+    assert 0 < len(refused) < 16
+    assert all(error.reason == "NOT_OWNER" and error.metadata["ownerShard"] == "b" and
+               error.metadata["ownerAddress"] == "kv-b.example:7400" for error in refused)
+
+
+def test_a_refused_identity_is_an_error_of_its_own():
+    error = clusterkv.errors.make_error(7, "IDENTITY_REFUSED", "no", {"identity": "x"})
+    assert isinstance(error, clusterkv.RefusedError) and isinstance(error, PermissionError)
+    assert str(error) == "IDENTITY_REFUSED: no" and error.code == "PERMISSION_DENIED"
 
 
 def test_a_session_owns_what_it_fills(server):

@@ -7,10 +7,11 @@
 from clusterkv.client import AdminClient, Client, Session, tls
 from clusterkv.errors import (AbortedError, AlreadyExistsError, CapacityError, ClusterKVError,
                               DataLossError, DeadlineError, InvalidRequestError, NotFoundError,
-                              NotReadyError, StaleHandleError, UnavailableError, UnsupportedError)
+                              NotOwnerError, NotReadyError, RefusedError, StaleHandleError,
+                              UnavailableError, UnsupportedError)
 
 __version__ = "0.1.0"
 __all__ = ["AbortedError", "AdminClient", "AlreadyExistsError", "CapacityError", "Client",
            "ClusterKVError", "DataLossError", "DeadlineError", "InvalidRequestError",
-           "NotFoundError", "NotReadyError", "Session", "StaleHandleError", "UnavailableError",
-           "UnsupportedError", "tls"]
+           "NotFoundError", "NotOwnerError", "NotReadyError", "RefusedError", "Session",
+           "StaleHandleError", "UnavailableError", "UnsupportedError", "tls"]

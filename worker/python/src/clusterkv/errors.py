@@ -43,6 +43,16 @@ class NotReadyError(ClusterKVError):
     """The state does not allow the call yet: chunks are missing, or layers are still being clustered."""
 
 
+class NotOwnerError(ClusterKVError):
+    """The sequence belongs to another shard: ask there (metadata: ownerShard, ownerAddress)."""
+
+
+class RefusedError(ClusterKVError, PermissionError):
+    """Who the caller's certificate says it is may not call this."""
+
+    __str__ = Exception.__str__
+
+
 class AbortedError(ClusterKVError):
     """Released or evicted under way, or the residency is out of step: start the exchange anew."""
 
@@ -79,10 +89,13 @@ _BY_CODE: dict[str, type[ClusterKVError]] = {
     "DEADLINE_EXCEEDED": DeadlineError,
     "DATA_LOSS": DataLossError,
     "UNIMPLEMENTED": UnsupportedError,
+    "PERMISSION_DENIED": RefusedError,
+    "UNAUTHENTICATED": RefusedError,
 }
 _BY_REASON: dict[str, type[ClusterKVError]] = {
     "STALE_GENERATION": StaleHandleError,
     "STALE_BOOT_ID": StaleHandleError,
+    "NOT_OWNER": NotOwnerError,
 }
 
 CODE_NAMES = (
