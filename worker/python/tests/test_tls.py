@@ -147,3 +147,17 @@ def test_a_models_kv_goes_through_mutual_tls(secure_server, worker_files):
     cache = ckv.ClusterKVCache(model.config, server=secure_server.target, budget=4096,
                                **native_flags(worker_files))
     assert torch.equal(greedy(model, ids, cache=cache), greedy(model, ids))
+
+
+def test_vllms_extra_configuration_takes_the_files(secure_server, worker_files):
+    pytest.importorskip("clusterkv._native")
+    torch = pytest.importorskip("torch")
+    from clusterkv.vllm.worker import Options, Worker
+
+    options = Options(server=secure_server.target, **native_flags(worker_files))
+    worker = Worker(options, layers=1, kv_heads=2, query_heads=4, head_dim=32, dtype=torch.float32,
+                    block_size=16)
+    assert not list(worker._client.list("vllm-"))
+    assert worker._native() is worker._native()
+    with pytest.raises(clusterkv.UnavailableError):
+        Options(server=secure_server.target, timeout=5).client().server_info()
