@@ -276,6 +276,15 @@ int64_t Attachments::size() const {
   return static_cast<int64_t>(attachments_.size());
 }
 
+int64_t Attachments::by_link(v1::Link link) const {
+  absl::MutexLock lock(&mutex_);
+  return std::count_if(attachments_.begin(), attachments_.end(), [link](const auto& entry) {
+    const std::shared_ptr<RecordLink> standing = entry.second->CurrentLink().link;
+    const bool ready = standing != nullptr && standing->ready();
+    return (ready ? standing->kind() : v1::LINK_GRPC) == link;
+  });
+}
+
 int64_t Attachments::of_sessions() const {
   absl::MutexLock lock(&mutex_);
   return std::count_if(attachments_.begin(), attachments_.end(),

@@ -81,7 +81,8 @@ std::string NearestFlag(std::string_view name) {
     best = candidate;
   };
   for (const ConfigField& field : ConfigFields()) consider(field.name);
-  for (std::string_view other : {"config", "check_config", "help", "version"}) consider(other);
+  for (std::string_view other : {"config", "check_config", "print_metrics", "help", "version"})
+    consider(other);
   return best;
 }
 
@@ -159,10 +160,11 @@ absl::Status ReadConfigFile(const std::string& file, CommandLine* line) {
 
 // The flags that are no fields of the message. Returns whether `flag` is one.
 absl::StatusOr<bool> TakeOwnFlag(const Flag& flag, CommandLine* line) {
-  bool* target = flag.name == "help"           ? &line->help
-                 : flag.name == "version"      ? &line->version
-                 : flag.name == "check_config" ? &line->check_config
-                                               : nullptr;
+  bool* target = flag.name == "help"            ? &line->help
+                 : flag.name == "version"       ? &line->version
+                 : flag.name == "check_config"  ? &line->check_config
+                 : flag.name == "print_metrics" ? &line->print_metrics
+                                                : nullptr;
   if (target == nullptr) return false;
   if (flag.value.has_value() && *flag.value != "true" && *flag.value != "false") {
     return Wrong("--" + flag.name, flag.name, "true or false", "\"" + *flag.value + "\"");
@@ -542,6 +544,7 @@ std::string ConfigHelp() {
   out << "\n"
          "  --config=FILE           read this first; flags override it\n"
          "  --check_config          say whether the configuration is good, and end\n"
+         "  --print_metrics         describe every metric, one JSON object a line, and end\n"
          "  --version, --help\n\n"
          "SIGTERM and SIGINT drain: health says NOT_SERVING, work in flight ends, exit status 0.\n"
          "Exit status 2: the configuration is wrong. 1: the server could not start.\n";

@@ -77,7 +77,7 @@ absl::Status ParseConfigText(std::string_view text, const std::string& file,
 struct CommandLine {
   v1::ServerConfig message;
   ConfigPlaces places;
-  bool help = false, version = false, check_config = false;
+  bool help = false, version = false, check_config = false, print_metrics = false;
 };
 // Arguments without the program's name: --config=FILE is read first, then the other flags override
 // it.

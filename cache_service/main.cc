@@ -12,6 +12,7 @@
 #include "cache_service/rpc/network_threads.h"
 #include "cache_service/server.h"
 #include "cache_service/telemetry/log.h"
+#include "cache_service/telemetry/metric_table.h"
 
 namespace clusterkv::cache_service {
 namespace {
@@ -88,6 +89,10 @@ int Main(const std::vector<std::string>& arguments) {
   }
   if (line->version) {
     std::fputs(VersionText().c_str(), stdout);
+    return 0;
+  }
+  if (line->print_metrics) {
+    std::fputs(MetricTableJson().c_str(), stdout);
     return 0;
   }
   absl::StatusOr<Config> config = ResolveConfig(line->message, line->places);

@@ -115,6 +115,7 @@ struct Selector::Batch {
   SelectBatchAnswer answer;
   const absl::Time created = absl::Now();
   std::atomic<int64_t> items_left{0};
+  std::atomic<int64_t> refine_ns{0};    // of all heads, on the host
   std::atomic<int64_t> started_us{-1};  // after creation: when the first head's work began
   absl::Mutex mutex;
   bool collecting ABSL_GUARDED_BY(mutex) = true;
@@ -396,7 +397,7 @@ void Selector::RunOnDevice(const std::shared_ptr<Batch>& batch, const std::vecto
 
 void Selector::RunHead(const std::shared_ptr<Batch>& batch, Item& item, int64_t head) {
   absl::Status status = CheckStart(*batch, item);
-  if (status.ok()) status = SelectHead(item, head);
+  if (status.ok()) status = SelectHead(*batch, item, head);
   item.head_status[static_cast<size_t>(head)] = std::move(status);
   if (item.heads_left.fetch_sub(1) != 1) return;
   for (const absl::Status& failed : item.head_status) {
@@ -410,7 +411,7 @@ void Selector::Conclude(const std::shared_ptr<Batch>& batch, Item& item) {
   Finish(batch, item, item.residency != nullptr ? Recall(item) : absl::OkStatus());
 }
 
-absl::Status Selector::SelectHead(Item& item, int64_t head) {
+absl::Status Selector::SelectHead(Batch& batch, Item& item, int64_t head) {
   const SequenceParams& params = item.sequence->params();
   const LayerSnapshot& layer = *item.snapshot;
   const int64_t group = params.shape.group(), head_dim = params.shape.head_dim;
@@ -433,6 +434,7 @@ absl::Status Selector::SelectHead(Item& item, int64_t head) {
   input.sink_tokens = layer.sink_tokens;
   Executors::Scratch scratch(&executors_);
   CKV_RETURN_IF_ERROR(KernelStatus(kernels::Select(item.select, input, *scratch, &selection)));
+  batch.refine_ns.fetch_add((*scratch).refine_time().count());
   item.answer->estimated_tokens[static_cast<size_t>(head)] =
       TokensOfClusters(layer, head, selection.estimated_clusters);
   return CorrectHead(item, head);
@@ -516,7 +518,7 @@ void Selector::SendByLink(Item& item, const std::vector<std::vector<int32_t>>& m
     }
   }
   if (const absl::Status sent = in_use.link->Send(records, answer.record_bytes); !sent.ok()) {
-    counters_.link_fallbacks.fetch_add(1);  // the worker gets the bytes
+    counters_.link_failovers[in_use.link->kind()].fetch_add(1);  // the worker gets the bytes
     return;
   }
   counters_.link_bytes.fetch_add(static_cast<uint64_t>(answer.misses * answer.record_bytes));
@@ -560,6 +562,7 @@ void Selector::CountDown(const std::shared_ptr<Batch>& batch) {
   const int64_t queued_us = started_us < 0 ? total_us : std::min(started_us, total_us);
   batch->answer.queued = absl::Microseconds(queued_us);
   batch->answer.worked = absl::Microseconds(total_us - queued_us);
+  batch->answer.refined = absl::Nanoseconds(batch->refine_ns.load());
   counters_.select_latency.Record(batch->answer.worked);
   batch->done(std::move(batch->answer));
 }

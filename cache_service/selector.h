@@ -62,7 +62,7 @@ class Selector {
   // server.
   absl::Status CheckStart(Batch& batch, const Item& item) const;
   void RunHead(const std::shared_ptr<Batch>& batch, Item& item, int64_t head);
-  absl::Status SelectHead(Item& item, int64_t head);
+  absl::Status SelectHead(Batch& batch, Item& item, int64_t head);
   // What the records of the head's exact zone lack. The selection is there.
   absl::Status CorrectHead(Item& item, int64_t head);
   // All heads are answered: the rest of the item.

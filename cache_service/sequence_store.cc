@@ -246,7 +246,7 @@ bool SequenceStore::EvictOne() {
     chosen = std::move(place->second);
     sequences_.erase(place);
   }
-  services_.counters->evictions.fetch_add(1);
+  services_.counters->evicted_for_room.fetch_add(1);
   End(chosen, Notice::SEQUENCE_EVICTED);
   return true;
 }
@@ -309,20 +309,21 @@ absl::Status SequenceStore::Evict(const v1::SequenceHandle& handle, bool force) 
     }
     sequences_.erase(it);
   }
-  services_.counters->evictions.fetch_add(1);
+  services_.counters->evicted_by_admin.fetch_add(1);
   End(found.get(), Notice::SEQUENCE_EVICTED);
   return absl::OkStatus();
 }
 
 void SequenceStore::Expire() {
   const int64_t now = SteadyNow();
-  Remove(
+  const int64_t expired = Remove(
       [now](const Sequence& sequence) {
         return sequence.ttl > absl::ZeroDuration() && sequence.session_id.load() == 0 &&
                sequence.references.load() == 0 &&
                absl::Nanoseconds(now - sequence.last_use_ns.load()) > sequence.ttl;
       },
       Notice::SEQUENCE_EVICTED);
+  services_.counters->evicted_by_ttl.fetch_add(static_cast<uint64_t>(expired));
   for (const auto& sequence : All()) sequence->SweepWaiters();
 }
 

@@ -481,6 +481,10 @@ v1::Stats ShardImpl::GetStats() {
   stats.set_queued_builds(static_cast<uint32_t>(executors_->queued_builds.load()));
   stats.set_resident_bytes(ResidentBytes());
   counters_.AddTo(stats);
+  for (const v1::Link link : {v1::LINK_GRPC, v1::LINK_PEER, v1::LINK_NCCL}) {
+    const auto count = static_cast<uint32_t>(attachments_.by_link(link));
+    (*stats.mutable_attachments_by_link())[LinkName(link)] = count;
+  }
   const bool failed = device_ != nullptr && !device_->healthy();
   stats.set_device(device_name() + (failed ? " failed" : ""));
   return stats;

@@ -114,6 +114,7 @@ struct SelectAnswer {
 struct SelectBatchAnswer {
   std::vector<SelectAnswer> items;
   absl::Duration queued, worked;
+  absl::Duration refined;  // of the work, scoring tokens and choosing: threads' time, on the host
 };
 
 class Shard {

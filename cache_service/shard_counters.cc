@@ -52,7 +52,10 @@ void ShardCounters::AddTo(v1::Stats& stats) const {
   stats.set_hits(hits);
   stats.set_misses(misses);
   stats.set_ingested_bytes(ingested_bytes);
-  stats.set_evictions(evictions);
+  stats.set_evictions(evicted_for_room + evicted_by_admin);
+  (*stats.mutable_evictions_by_reason())["room"] = evicted_for_room;
+  (*stats.mutable_evictions_by_reason())["ttl"] = evicted_by_ttl;
+  (*stats.mutable_evictions_by_reason())["admin"] = evicted_by_admin;
   for (size_t i = 0; i < errors.size(); ++i) {
     const uint64_t count = errors[i];
     if (count == 0) continue;
@@ -62,8 +65,15 @@ void ShardCounters::AddTo(v1::Stats& stats) const {
   stats.set_device_fallbacks(device_fallbacks.load());
   stats.set_link_bytes(link_bytes.load());
   if (link_fallbacks > 0) (*stats.mutable_link_fallbacks())["NOT_BUILT_IN"] = link_fallbacks;
+  for (const v1::Link link : {v1::LINK_PEER, v1::LINK_NCCL}) {
+    (*stats.mutable_link_failovers())[LinkName(link)] = link_failovers[link];
+  }
   stats.set_select_p50_us(select_latency.QuantileUs(0.5));
   stats.set_select_p99_us(select_latency.QuantileUs(0.99));
+}
+
+const char* LinkName(v1::Link link) {
+  return link == v1::LINK_PEER ? "peer" : link == v1::LINK_NCCL ? "nccl" : "grpc";
 }
 
 uint64_t ResidentBytes() {

@@ -187,6 +187,9 @@ void EncodeSelection(const RpcContext& rpc, Method method, const ParsedSelect& p
   response->set_select_us(static_cast<uint32_t>(absl::ToInt64Microseconds(answer.worked)));
   rpc.metrics->RecordStage(Stage::kQueue, answer.queued);
   rpc.metrics->RecordStage(Stage::kSelect, answer.worked);
+  if (answer.refined > absl::ZeroDuration()) {
+    rpc.metrics->RecordStage(Stage::kRefine, answer.refined);
+  }
 }
 
 int64_t RecordPacker::Next(int64_t max_bytes, v1::RecordChunk* chunk) {

@@ -109,7 +109,7 @@ class RecallExchange {
     if (!packer_.done()) return false;
     response->set_last(true);
     response->set_recall_us(static_cast<uint32_t>(absl::ToInt64Microseconds(packing_)));
-    rpc_->metrics->RecordStage(Stage::kRecall, packing_);
+    rpc_->metrics->RecordStage(Stage::kPack, packing_);
     return true;
   }
 
@@ -178,7 +178,7 @@ class SteadyZoneSource {
       token_ = 0;
     }
     Fill(chunk);
-    rpc_.metrics->RecordStage(Stage::kRecall, absl::Now() - start);
+    rpc_.metrics->RecordStage(Stage::kPack, absl::Now() - start);
     return true;
   }
 
@@ -226,7 +226,7 @@ class RecordSource {
     if (packer_.done()) return false;
     const absl::Time start = absl::Now();
     packer_.Next(kMaxRecordBytesPerMessage, chunk);
-    rpc_.metrics->RecordStage(Stage::kRecall, absl::Now() - start);
+    rpc_.metrics->RecordStage(Stage::kPack, absl::Now() - start);
     return true;
   }
 

@@ -67,7 +67,8 @@ class WriteStream : public grpc::ServerWriteReactor<Response>,
 
  private:
   WriteStream(const RpcContext& rpc, Method method, grpc::CallbackServerContext* context)
-      : call_(rpc, method),
+      : rpc_(rpc),
+        call_(rpc, method),
         deadline_(DeadlineOf(rpc, context)),
         context_(context),
         cancelled_(std::make_shared<std::atomic<bool>>(false)) {}
@@ -96,6 +97,7 @@ class WriteStream : public grpc::ServerWriteReactor<Response>,
     } else if (!*more) {
       FinishWith(absl::OkStatus());
     } else {
+      sending_ = absl::Now();
       this->StartWrite(&message_);
     }
   }
@@ -108,6 +110,7 @@ class WriteStream : public grpc::ServerWriteReactor<Response>,
 
   void OnWriteDone(bool ok) override {
     absl::MutexLock lock(&mutex_);
+    rpc_.metrics->RecordStage(Stage::kSend, absl::Now() - sending_);
     if (ok) {
       WriteNext();
     } else {
@@ -124,6 +127,7 @@ class WriteStream : public grpc::ServerWriteReactor<Response>,
     self_.reset();
   }
 
+  const RpcContext& rpc_;
   RpcCall call_;
   const absl::Time deadline_;
   grpc::CallbackServerContext* const context_;  // until OnDone
@@ -133,6 +137,7 @@ class WriteStream : public grpc::ServerWriteReactor<Response>,
   absl::Mutex mutex_;
   NextMessage next_ ABSL_GUARDED_BY(mutex_);
   Response message_ ABSL_GUARDED_BY(mutex_);
+  absl::Time sending_ ABSL_GUARDED_BY(mutex_);  // since when the message is
   bool finished_ ABSL_GUARDED_BY(mutex_) = false;
   bool done_ ABSL_GUARDED_BY(mutex_) = false;
 };
@@ -262,11 +267,13 @@ class ExchangeStream
     front->response.Clear();
     last_message_ = front->exchange.Next(&front->response);
     writing_ = true;
+    sending_ = absl::Now();
     this->StartWrite(&front->response);
   }
 
   void OnWriteDone(bool ok) override {
     absl::MutexLock lock(&mutex_);
+    rpc_.metrics->RecordStage(Stage::kSend, absl::Now() - sending_);
     writing_ = false;
     if (!ok) broken_ = true;
     if (last_message_ || broken_) {
@@ -320,6 +327,7 @@ class ExchangeStream
   std::vector<std::unique_ptr<Slot>> spare_ ABSL_GUARDED_BY(mutex_);
   bool beginning_ ABSL_GUARDED_BY(mutex_) = false;     // the last one read is being started
   bool writing_ ABSL_GUARDED_BY(mutex_) = false;       // the front's response
+  absl::Time sending_ ABSL_GUARDED_BY(mutex_);         // since when it is
   bool last_message_ ABSL_GUARDED_BY(mutex_) = false;  // of the front, being written
   bool reads_over_ ABSL_GUARDED_BY(mutex_) = false;
   bool broken_ ABSL_GUARDED_BY(mutex_) = false;  // a write failed

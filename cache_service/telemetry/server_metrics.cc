@@ -34,52 +34,10 @@ const char* const kCodeNames[] = {
     "ABORTED",   "OUT_OF_RANGE",   "UNIMPLEMENTED",     "INTERNAL",           "UNAVAILABLE",
     "DATA_LOSS", "UNAUTHENTICATED"};
 
-const char* const kStageNames[] = {"queue", "select", "recall", "put", "append"};
+const char* const kStageNames[] = {"queue", "select", "refine", "pack", "send", "put", "append"};
 static_assert(std::size(kStageNames) == static_cast<size_t>(Stage::kCount));
 
 }  // namespace
-
-const std::vector<MetricDescriptor>& MetricTable() {
-  using enum MetricType;
-  static const auto& table = *new std::vector<MetricDescriptor>{
-      {"clusterkv_uptime_seconds", kGauge, "seconds", "", "Since the process started."},
-      {"clusterkv_draining", kGauge, "1", "", "1 while no new work is taken."},
-      {"clusterkv_arena_pages", kGauge, "pages", "state", "Pages of the arena in each state."},
-      {"clusterkv_arena_reserved_pages", kGauge, "pages", "",
-       "Free pages that are promised to open sequences."},
-      {"clusterkv_arena_page_bytes", kGauge, "bytes", "", "Size of a page."},
-      {"clusterkv_resident_bytes", kGauge, "bytes", "", "Resident memory of the process."},
-      {"clusterkv_sequences", kGauge, "1", "", "Sequences that are held."},
-      {"clusterkv_attachments", kGauge, "1", "", "Attached decode workers."},
-      {"clusterkv_sessions", kGauge, "1", "", "Liveness sessions."},
-      {"clusterkv_queued_selects", kGauge, "1", "", "Selects that wait for a thread."},
-      {"clusterkv_queued_builds", kGauge, "1", "", "Layers that wait to be clustered."},
-      {"clusterkv_selects_total", kCounter, "1", "", "Selects that were answered."},
-      {"clusterkv_recalled_tokens_total", kCounter, "tokens", "", "Records that were sent."},
-      {"clusterkv_recalled_bytes_total", kCounter, "bytes", "", "Bytes of records that were sent."},
-      {"clusterkv_state_bytes_total", kCounter, "bytes", "",
-       "Bytes of attention states and corrections sent."},
-      {"clusterkv_hot_cache_hits_total", kCounter, "tokens", "",
-       "Exact tokens that the worker held already."},
-      {"clusterkv_hot_cache_misses_total", kCounter, "tokens", "",
-       "Exact tokens that the worker lacked."},
-      {"clusterkv_ingested_bytes_total", kCounter, "bytes", "", "K and V that came in."},
-      {"clusterkv_evictions_total", kCounter, "1", "", "Sequences evicted for room."},
-      {"clusterkv_errors_total", kCounter, "1", "reason", "Errors by their ErrorInfo reason."},
-      {"clusterkv_link_fallbacks_total", kCounter, "1", "reason",
-       "Attachments that got another link than asked for."},
-      {"clusterkv_stage_seconds", kHistogram, "seconds", "stage",
-       "Time by stage: queue, select, recall (gather and pack), put, append."},
-      {"clusterkv_connections", kGauge, "1", "", "Open connections."},
-      {"clusterkv_connections_accepted_total", kCounter, "1", "", "Connections that were taken."},
-      {"clusterkv_connections_refused_total", kCounter, "1", "reason",
-       "Connections closed at once: over the limit, or out of file descriptors."},
-      {"grpc_server_call_started_total", kCounter, "1", "grpc_method", "RPCs that began."},
-      {"grpc_server_call_duration_seconds", kHistogram, "seconds", "grpc_method,grpc_status",
-       "RPCs that ended, by status."},
-  };
-  return table;
-}
 
 std::string_view StageName(Stage stage) { return kStageNames[static_cast<int>(stage)]; }
 std::string_view MethodName(Method method) { return kMethodNames[static_cast<int>(method)]; }
@@ -168,7 +126,15 @@ class MetricWriter {
     Family(name).metric.push_back(std::move(metric));
   }
 
+  // One for each entry of a message's map, by key.
+  template <typename Map>
+  void Values(std::string_view name, const char* label, const Map& map) {
+    const std::map<std::string, double> sorted(map.begin(), map.end());
+    for (const auto& [key, value] : sorted) Value(name, value, {{label, key}});
+  }
+
   void ShardFigures(const v1::Stats& stats);
+  void TenantFigures(const v1::Stats& stats);
   void ServerFigures(const ServerMetrics& metrics, int64_t connections);
 
   std::vector<prometheus::MetricFamily> Take() { return std::move(families_); }
@@ -209,15 +175,28 @@ void MetricWriter::ShardFigures(const v1::Stats& stats) {
   Value("clusterkv_hot_cache_hits_total", number(stats.hits()));
   Value("clusterkv_hot_cache_misses_total", number(stats.misses()));
   Value("clusterkv_ingested_bytes_total", number(stats.ingested_bytes()));
-  Value("clusterkv_evictions_total", number(stats.evictions()));
-  const std::map<std::string, uint64_t> errors(stats.errors().begin(), stats.errors().end());
-  for (const auto& [reason, count] : errors) {
-    Value("clusterkv_errors_total", number(count), {{"reason", reason}});
-  }
-  const std::map<std::string, uint64_t> fallbacks(stats.link_fallbacks().begin(),
-                                                  stats.link_fallbacks().end());
-  for (const auto& [reason, count] : fallbacks) {
-    Value("clusterkv_link_fallbacks_total", number(count), {{"reason", reason}});
+  Value("clusterkv_device_selects_total", number(stats.device_selects()));
+  Value("clusterkv_device_fallbacks_total", number(stats.device_fallbacks()));
+  Value("clusterkv_link_bytes_total", number(stats.link_bytes()));
+  Values("clusterkv_evictions_total", "reason", stats.evictions_by_reason());
+  Values("clusterkv_errors_total", "reason", stats.errors());
+  Values("clusterkv_link_attachments", "link", stats.attachments_by_link());
+  Values("clusterkv_link_failovers_total", "link", stats.link_failovers());
+  Values("clusterkv_link_fallbacks_total", "reason", stats.link_fallbacks());
+}
+
+void MetricWriter::TenantFigures(const v1::Stats& stats) {
+  const std::map<std::string, v1::TenantStats> tenants(stats.tenants().begin(),
+                                                       stats.tenants().end());
+  const auto number = [](uint64_t value) { return static_cast<double>(value); };
+  for (const auto& [name, tenant] : tenants) {
+    const Labels labels = {{"tenant", name}};
+    Value("clusterkv_tenant_sequences", tenant.sequences(), labels);
+    Value("clusterkv_tenant_planned_bytes", number(tenant.planned_bytes()), labels);
+    Value("clusterkv_tenant_queued_selects", tenant.queued_selects(), labels);
+    Value("clusterkv_tenant_calls_total", number(tenant.calls()), labels);
+    Value("clusterkv_tenant_ingested_bytes_total", number(tenant.ingested_bytes()), labels);
+    Value("clusterkv_tenant_refusals_total", number(tenant.refusals()), labels);
   }
 }
 
@@ -251,6 +230,7 @@ std::vector<prometheus::MetricFamily> ServerMetrics::Families(const v1::Stats& s
                                                               int64_t connections) const {
   MetricWriter writer;
   writer.ShardFigures(stats);
+  writer.TenantFigures(stats);
   writer.ServerFigures(*this, connections);
   return writer.Take();
 }

@@ -1,7 +1,6 @@
-// What the server counts and how it is shown: counters and histograms of the hot path, and one
-// table that describes every metric.
+// What the server counts and how it is shown: counters and histograms of the hot path, and the
+// metrics of metric_table.h.
 //
-// Names, types, units and help texts are in MetricTable() alone; /metrics and its test go by it.
 // Figures that the shard keeps come from v1.Stats when somebody asks; the rest is counted here.
 //
 // Thread-safe. What handlers call per request takes no lock.
@@ -24,6 +23,7 @@
 #include "absl/synchronization/mutex.h"
 #include "absl/time/time.h"
 #include "cache_service/telemetry/bucket_histogram.h"
+#include "cache_service/telemetry/metric_table.h"
 #include "clusterkv/v1/admin_service.pb.h"
 
 namespace prometheus {
@@ -32,19 +32,10 @@ struct MetricFamily;
 
 namespace clusterkv::cache_service {
 
-enum class MetricType { kCounter, kGauge, kHistogram };
-
-struct MetricDescriptor {
-  const char* name;  // as in /metrics
-  MetricType type;
-  const char* unit;   // "1", "bytes", "seconds", "pages", "tokens"
-  const char* label;  // the labels' names, comma-separated; empty: none
-  const char* help;
-};
-const std::vector<MetricDescriptor>& MetricTable();
-
-// Where time goes.
-enum class Stage : int { kQueue, kSelect, kRecall, kPut, kAppend, kCount };
+// Where time goes: a select waits, is worked on, of which refining (scoring tokens by codes,
+// choosing the exact ones), is packed into messages, which are sent (until the transport took
+// them); a chunk is put, decoded tokens are appended.
+enum class Stage : int { kQueue, kSelect, kRefine, kPack, kSend, kPut, kAppend, kCount };
 std::string_view StageName(Stage stage);
 
 // Every RPC of the contract.

@@ -13,6 +13,7 @@
 #ifndef CLUSTERKV_KERNELS_SELECT_SELECT_H_
 #define CLUSTERKV_KERNELS_SELECT_SELECT_H_
 
+#include <chrono>
 #include <cstdint>
 #include <vector>
 
@@ -95,6 +96,8 @@ class SelectScratch {
   ~SelectScratch();
   SelectScratch(SelectScratch&&) noexcept;
   SelectScratch& operator=(SelectScratch&&) noexcept;
+  // How long the last Select scored tokens by their codes and chose the exact ones.
+  std::chrono::nanoseconds refine_time() const;
   struct Impl;
   Impl& impl() { return *impl_; }
 

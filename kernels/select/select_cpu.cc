@@ -67,10 +67,12 @@ struct SelectScratch::Impl {
   std::vector<float> code_sums, row_sums;
 
   RadixScratch radix;
+  std::chrono::nanoseconds refine_time{0};
 };
 
 SelectScratch::SelectScratch() : impl_(new Impl) {}
 SelectScratch::~SelectScratch() { delete impl_; }
+std::chrono::nanoseconds SelectScratch::refine_time() const { return impl_->refine_time; }
 SelectScratch::SelectScratch(SelectScratch&& other) noexcept
     : impl_(std::exchange(other.impl_, nullptr)) {}
 SelectScratch& SelectScratch::operator=(SelectScratch&& other) noexcept {
@@ -95,6 +97,7 @@ class Selector {
 
   absl::Status Run() {
     ClearSelection(input_, &selection_);
+    s_.refine_time = std::chrono::nanoseconds(0);
     if (input_.parts.empty()) return absl::OkStatus();
     PrepareQueries();
     CKV_RETURN_IF_ERROR(ScoreClusters());
@@ -113,8 +116,10 @@ class Selector {
     if (exact == tokens) {
       for (int64_t t = 0; t < tokens; ++t) s_.exact.push_back(static_cast<uint32_t>(t));
     } else {
+      const auto start = std::chrono::steady_clock::now();
       CKV_RETURN_IF_ERROR(ScoreTokens());
       ChooseExact(exact);
+      s_.refine_time = std::chrono::steady_clock::now() - start;
     }
     EmitExact();
     const bool coded = params_.answer_scored && exact < tokens;

@@ -110,7 +110,7 @@ def snake_case(name):
 def metric_table():
     """Name, type and labels of every metric that the server has."""
     table = re.findall(r'\{"(\w+)", k(Counter|Gauge|Histogram), "\w+", "([\w,]*)"',
-                       source("cache_service/telemetry/server_metrics.cc"))
+                       source("cache_service/telemetry/metric_table.cc"))
     assert len(table) > 20, "the metric table has another form than this test knows"
     return {name: (kind, set(filter(None, labels.split(",")))) for name, kind, labels in table}
 

@@ -3,7 +3,8 @@
 # chart installed on it.
 #
 #   cluster.sh up            starts it, builds the image, and prints the kubeconfig's path last
-#   cluster.sh test          installs the chart and tries everything (cluster_test.py); with
+#   cluster.sh test [--mutual …]
+#                            installs the chart and tries everything (cluster_test.py); with
 #                            KUBECONFIG set, on that cluster, with the image CKV_IMAGE, from a
 #                            machine that resolves and reaches its pods and services
 #   cluster.sh exec COMMAND  runs a command in its network, with its kubeconfig

@@ -2,10 +2,11 @@
 """Installs the chart on a real cluster and tries what an operator does; cluster.sh test runs it.
 
 Usage: cluster_test.py --image=REPOSITORY:TAG [--bin=DIR] [--ghz=PROGRAM] [--containerd=SOCKET]
-                       [--keep] [--checks=NAME,…]
+                       [--mutual] [--keep] [--checks=NAME,…]
 The cluster is KUBECONFIG's. --bin has ckv and clusterkv-server (default: build/release/bin).
 --containerd: the node's, to kill a server as the kernel would; without it that check is left out.
 Where there is no ghz or prometheus their checks are left out, and told. --keep: no uninstall.
+--mutual: the same with mutual TLS and two tenants (ci/mtls-values.yaml) and certificates of its own.
 """
 
 import argparse
@@ -103,12 +104,50 @@ def service_address(suffix=""):
     return f"{NAME}{suffix}.{NAMESPACE}.svc.cluster.local:7400"
 
 
+class Certificates:
+    """An authority of our own, the shards' certificate, and those of clients, in a folder."""
+
+    def __init__(self, folder):
+        self.folder = folder
+        self.sign("ca", "test authority", "basicConstraints=critical,CA:TRUE", own=True)
+        domain = f"{NAMESPACE}.svc.cluster.local"
+        names = [f"{NAME}.{domain}", f"{NAME}-headless.{domain}", f"*.{NAME}-peers.{domain}",
+                 "localhost"]
+        self.sign("shards", "shards", "subjectAltName=" + ",".join(f"DNS:{n}" for n in names))
+        self.sign("operator", "operator", "extendedKeyUsage=clientAuth")
+        self.sign("blue", "blue-decode", "extendedKeyUsage=clientAuth")
+        self.sign("nobody", "nobody", "extendedKeyUsage=clientAuth")
+
+    def path(self, name, kind="crt"):
+        return self.folder / f"{name}.{kind}"
+
+    def sign(self, name, common_name, extension, own=False):
+        authority = [] if own else ["-CA", self.path("ca"), "-CAkey", self.path("ca", "key")]
+        run("openssl", "req", "-x509", "-newkey", "ec", "-pkeyopt", "ec_paramgen_curve:P-256",
+            "-nodes", "-days", "2", "-subj", f"/CN={common_name}", "-addext", extension,
+            "-keyout", self.path(name, "key"), "-out", self.path(name), *authority)
+
+    def make_secret(self, secret, name):
+        rendered = run("kubectl", "create", "secret", "generic", secret, "--dry-run=client", "-o",
+                       "yaml", f"--from-file=tls.crt={self.path(name)}",
+                       f"--from-file=tls.key={self.path(name, 'key')}",
+                       f"--from-file=ca.crt={self.path('ca')}")
+        kubectl("apply", "-f", "-", stdin=rendered)
+
+    def ckv(self, name="operator"):
+        return [f"--tls_ca={self.path('ca')}", f"--tls_cert={self.path(name)}",
+                f"--tls_key={self.path(name, 'key')}"]
+
+    def ghz(self):
+        return [f"--cacert={self.path('ca')}", f"--cert={self.path('operator')}",
+                f"--key={self.path('operator', 'key')}"]
+
+
 class Cluster:
     """The checks, in order; each returns what it saw."""
 
     def __init__(self, options):
         self.options = options
-        self.ckv = options.bin / "ckv"
         self.folder = pathlib.Path(tempfile.mkdtemp(prefix="clusterkv-cluster-test-"))
         repository, _, tag = options.image.rpartition(":")
         self.values = self.folder / "values.json"
@@ -117,17 +156,29 @@ class Cluster:
             "server": {"arenaBytes": "256MiB"},
             "resources": {"requests": {"cpu": "50m", "memory": "600Mi"},
                           "limits": {"memory": "600Mi"}}}))
+        self.value_files = ["-f", self.values]
+        self.certificates = None
+        if options.mutual:
+            self.certificates = Certificates(self.folder)
+            self.value_files = ["-f", chart_test.CHART / "ci/mtls-values.yaml", "-f", self.values]
+
+    def ckv(self, command, *arguments, identity="operator", **options):
+        tls = self.certificates.ckv(identity) if self.certificates else []
+        return run(self.options.bin / "ckv", command, *tls, *arguments, **options)
+
+    def ghz_tls(self):
+        return self.certificates.ghz() if self.certificates else ["--insecure"]
 
     def helm(self, verb, *arguments, **options):
         return run(chart_test.HELM, verb, "-n", NAMESPACE, RELEASE, *arguments, **options)
 
     def upgrade(self, *settings):
-        self.helm("upgrade", chart_test.CHART, "-f", self.values, "--wait", "--timeout=300s",
+        self.helm("upgrade", chart_test.CHART, *self.value_files, "--wait", "--timeout=300s",
                   *[f"--set={setting}" for setting in settings])
 
     def ghz(self, address, *arguments):
         """Runs ghz's call of SelectClusters; its report."""
-        out = run(self.options.ghz, "--insecure", "-O", "json",
+        out = run(self.options.ghz, *self.ghz_tls(), "-O", "json",
                   "--call=clusterkv.v1.CacheService/SelectClusters", "-D",
                   self.folder / "select.json", *arguments, address)
         return json.loads(out)
@@ -138,7 +189,7 @@ class Cluster:
         data = "{}" if call == "GetServerInfo" else (self.folder / "select.json").read_text()
         reports, out = [], self.folder / f"load-{time.monotonic()}.json"
         process = subprocess.Popen(
-            [self.options.ghz, "--insecure", "-O", "json", "-o", out, "-c", "4", "--connections=2",
+            [self.options.ghz, *self.ghz_tls(), "-O", "json", "-o", out, "-c", "4", "--connections=2",
              f"--rps={rps}", f"--duration={seconds}s", "--duration-stop=wait", "--count-errors",
              f"--call=clusterkv.v1.CacheService/{call}", "-d", data,
              address], stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
@@ -178,11 +229,15 @@ class Cluster:
 
     def install(self):
         """helm install: three shards become ready"""
+        if self.certificates:
+            self.certificates.make_secret("clusterkv-shards", "shards")
+            self.certificates.make_secret("clusterkv-operator", "operator")
         begin = time.monotonic()
-        notes = self.helm("install", chart_test.CHART, "-f", self.values, "--wait",
+        notes = self.helm("install", chart_test.CHART, *self.value_files, "--wait",
                           "--timeout=300s")
         expect(all_ready(3), f"pods: {list(server_pods())}")
-        expect("ghz --insecure" in notes, "the notes have no ghz line")
+        expect("--cacert ca.crt" in notes if self.certificates else "ghz --insecure" in notes,
+               "the notes have no ghz line")
         return f"{time.monotonic() - begin:.1f} s"
 
     def names(self):
@@ -209,16 +264,18 @@ class Cluster:
                    f"the image has {shell}")
         pod = server_pods()[f"{NAME}-0"]
         mounts = [mount["mountPath"] for mount in pod["spec"]["containers"][0]["volumeMounts"]]
-        expect(mounts == ["/etc/clusterkv"], f"mounted: {mounts}")
+        wanted = ["/etc/clusterkv", "/etc/clusterkv-shards"] + (
+            ["/etc/clusterkv-tls"] if self.certificates else [])
+        expect(mounts == wanted, f"mounted: {mounts}")
         return version
 
     def seed(self):
         """ckv seed and status from outside the pods"""
         for shard in range(3):
-            query = run(self.ckv, "seed", f"--server={shard_address(shard)}", "--prefix=demo",
+            query = self.ckv("seed", f"--server={shard_address(shard)}", "--prefix=demo",
                         "--replace", "--print_query")
         (self.folder / "select.json").write_text(query)
-        status = run(self.ckv, "status", f"--server={shard_address(0)}",
+        status = self.ckv("status", f"--server={shard_address(0)}",
                      f"--admin={shard_address(0, 7401)}")
         expect("serving" in status, status)
         return "3 shards"
@@ -247,27 +304,65 @@ class Cluster:
         expect(found, f"{url} has no {name}")
         return float(found[1])
 
-    def replay_json(self, address):
+    def replay_json(self, where, tls):
         out = self.folder / "replay.json"
-        run(self.ckv, "replay", f"--server={address}", "--preset=default", "--budget=64",
+        run(self.options.bin / "ckv", "replay", *tls, where, "--preset=default", "--budget=64",
             f"--json={out}", *TRACES)
         return json.loads(out.read_text())["layers"]
 
     def replay(self):
-        """ckv replay of a real model's KV: the same bits as from a server on this machine"""
-        remote = self.replay_json(shard_address(1))
+        """ckv replay through the headless service: the same bits as from a server on this machine"""
+        remote = self.replay_json("--servers=" + service_address("-headless"),
+                                  self.certificates.ckv() if self.certificates else [])
         local = subprocess.Popen(
             [self.options.bin / "clusterkv-server", "--listen=127.0.0.1:17400",
              "--admin_listen=127.0.0.1:17401", "--arena_bytes=256MiB"],
             stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
         try:
-            here = self.replay_json("127.0.0.1:17400")
+            here = self.replay_json("--server=127.0.0.1:17400", [])
         finally:
             local.terminate()
             local.wait(timeout=60)
         for mine, other in zip(remote, here, strict=True):
             expect(all(mine[key] == other[key] for key in DIGESTS), f"{mine} is not {other}")
         return "error " + ", ".join(f"{layer['output_error']:.4f}" for layer in remote)
+
+    def shards(self):
+        """Sequences lie on the shards that own their names, and another shard says who"""
+        where = "--servers=" + service_address("-headless")
+        self.ckv("seed", where, "--prefix=placed", "--sequences=9", "--tokens=256", "--replace")
+        held = [json.loads(self.ckv("sequences", f"--server={shard_address(i)}", "--json=-",
+                                    "--prefix=placed"))["sequences"] for i in range(3)]
+        counts = [len(shard) for shard in held]
+        expect(sum(counts) == 9 and max(counts) < 9, f"sequences by shard: {counts}")
+        everywhere = json.loads(self.ckv("sequences", where, "--json=-", "--prefix=placed"))
+        expect(len(everywhere["sequences"]) == 9, everywhere)
+        name = next(shard for shard in held if shard)[0]["name"]
+        owner = next(i for i, shard in enumerate(held) if name in {s["name"] for s in shard})
+        refused = self.ckv("inspect", f"--server={shard_address((owner + 1) % 3)}", name,
+                           check=False)
+        expect(refused.returncode != 0 and "NOT_OWNER" in refused.stderr
+               and f"{NAME}-{owner}" in refused.stderr, refused.stderr)
+        return f"{counts}; {refused.stderr.strip().splitlines()[0]}"
+
+    def tenants(self):
+        """With certificates: none or an unknown one is refused, and a tenant sees its own alone"""
+        address = shard_address(0)
+        plain = run(self.options.bin / "ckv", "status", f"--server={address}", check=False)
+        expect(plain.returncode != 0, "plain text was answered")
+        nobody = self.ckv("status", f"--server={address}", identity="nobody", check=False)
+        expect("IDENTITY_REFUSED" in nobody.stderr, nobody.stderr)
+        self.ckv("seed", f"--server={address}", "--prefix=operators", "--tokens=256", "--replace")
+        self.ckv("seed", f"--server={address}", "--prefix=blues", "--tokens=256", "--replace",
+                 identity="blue")
+        seen = {identity: self.ckv("sequences", f"--server={address}", identity=identity)
+                for identity in ("operator", "blue")}
+        expect("operators-0" in seen["operator"] and "blues-0" not in seen["operator"]
+               and "blues-0" in seen["blue"] and "operators-0" not in seen["blue"], seen)
+        admin = self.ckv("status", f"--server={address}", f"--admin={shard_address(0, 7401)}",
+                         identity="blue", check=False)
+        expect(admin.returncode != 0 and "IDENTITY_REFUSED" in admin.stderr, admin.stderr)
+        return "no certificate, nobody's, blue's on the admin port: refused"
 
     def kill(self):
         """A server killed under load: the others do not notice, it comes back, errors are typed"""
@@ -281,7 +376,7 @@ class Cluster:
             wait_until("a restart", lambda: server_pods()[f"{NAME}-1"]["status"][
                 "containerStatuses"][0]["restartCount"] > 0 and all_ready(3))
             back = time.monotonic() - begin
-            run(self.ckv, "seed", f"--server={shard_address(1)}", "--prefix=demo", "--replace")
+            self.ckv("seed", f"--server={shard_address(1)}", "--prefix=demo", "--replace")
         codes = other[0]["statusCodeDistribution"]
         expect(set(codes) == {"OK"}, f"shard 0 had {codes}")
         codes = victim[0]["statusCodeDistribution"]
@@ -312,12 +407,29 @@ class Cluster:
         return f"{took:.1f} s; calls without any retry: {codes}"
 
     def scale(self):
-        """Three shards become five, then two"""
+        """Three shards become five, then two; none of the three restarts for it"""
+        where = "--servers=" + service_address("-headless")
+        self.ckv("seed", where, "--prefix=before", "--sequences=6", "--tokens=256", "--replace")
+        starts = {name: pod["status"]["startTime"] for name, pod in server_pods().items()}
         for shards in (5, 2):
             self.upgrade(f"shards={shards}")
             wait_until(f"{shards} shards", lambda n=shards: all_ready(n), 120)
             self.helm("test", "--timeout=300s")
-        return "helm test passed with each"
+            now = {name: pod["status"]["startTime"] for name, pod in server_pods().items()}
+            expect(all(starts[name] == now[name] for name in now.keys() & starts.keys()),
+                   f"restarted: {starts}, {now}")
+            if shards == 5:
+                listed = len(self.listed(where, "before"))
+                expect(listed == 6, f"{listed} of 6 sequences are left")
+                self.ckv("seed", where, "--prefix=after", "--sequences=20", "--tokens=256")
+                grown = [len(self.listed(f"--server={shard_address(i)}", "after"))
+                         for i in range(5)]
+                expect(sum(grown) == 20 and sum(grown[3:]) > 0, f"new ones: {grown}")
+        return f"helm test passed with each; of 20 new sequences on five shards: {grown}"
+
+    def listed(self, where, prefix):
+        return json.loads(self.ckv("sequences", where, "--json=-", f"--prefix={prefix}"))[
+            "sequences"]
 
     def prometheus(self):
         """A real Prometheus: every panel has data, an alert fires on purpose"""
@@ -329,7 +441,7 @@ class Cluster:
             wait_until("targets", lambda: prometheus.query(
                 "count(clusterkv_uptime_seconds)") == [float(shards)])
             for shard in range(shards):
-                run(self.ckv, "seed", f"--server={shard_address(shard)}", "--prefix=demo",
+                self.ckv("seed", f"--server={shard_address(shard)}", "--prefix=demo",
                     "--replace")
             self.make_all_series(shards)
             time.sleep(3)  # counters that are new need two scrapes to have a rate
@@ -345,9 +457,9 @@ class Cluster:
         for shard in range(shards):
             address = shard_address(shard)
             self.ghz(address, "-n", "200", "-c", "4")
-            run(self.ckv, "bench", f"--server={address}", "--method=select_and_recall",
+            self.ckv("bench", f"--server={address}", "--method=select_and_recall",
                 "--sequences=demo*", "--concurrency=2", "--duration=1s")
-            run(self.ckv, "selftest", f"--server={address}")  # with errors, on purpose
+            self.ckv("selftest", f"--server={address}")  # with errors, on purpose
 
     def uninstall(self):
         """helm uninstall leaves nothing behind"""
@@ -415,8 +527,9 @@ class Prometheus:
                 expression = (target["expr"].replace("$__rate_interval", "30s")
                               .replace("$namespace", NAMESPACE).replace("$pod", ".+"))
                 count += 1
-                # No link but gRPC is there yet, so none falls back.
-                if "link_fallbacks" not in expression and not self.query(expression):
+                # No link but gRPC is there; tenants, where there are some, may not all call.
+                without = re.search("link_(fallbacks|failovers|bytes)|tenant_", expression)
+                if not without and not self.query(expression):
                     empty.append(f"{panel['title']}: {expression}")
         return count, empty
 
@@ -431,17 +544,19 @@ def main():
     parser.add_argument("--bin", type=pathlib.Path, default=ROOT / "build/release/bin")
     parser.add_argument("--ghz", default=os.environ.get("GHZ") or shutil.which("ghz"))
     parser.add_argument("--containerd")
+    parser.add_argument("--mutual", action="store_true")
     parser.add_argument("--keep", action="store_true")
     parser.add_argument("--checks", default="", help="only these, comma-separated")
     options = parser.parse_args()
     cluster = Cluster(options)
     without_ghz = {"ghz_everywhere", "kill", "restart", "prometheus"} if not options.ghz else set()
-    left_out = without_ghz | (set() if options.containerd else {"kill"}) | (
+    left_out = without_ghz | (set() if options.mutual else {"tenants"}) | (set() if options.containerd else {"kill"}) | (
         set() if shutil.which("prometheus") else {"prometheus"}) | (
         {"uninstall"} if options.keep else set())
     failed = 0
     for name in ("manifests", "install", "names", "helm_test", "image", "seed", "ghz_everywhere",
-                 "replay", "kill", "restart", "scale", "prometheus", "uninstall"):
+                 "replay", "shards", "tenants", "kill", "restart", "scale",
+                 "prometheus", "uninstall"):
         if options.checks and name not in options.checks.split(","):
             continue
         check = getattr(cluster, name)

@@ -6,6 +6,7 @@
 
 #include <nlohmann/json.hpp>
 #include <set>
+#include <sstream>
 #include <thread>
 
 #include "cache_service/telemetry/log.h"
@@ -102,6 +103,41 @@ TEST(ServerMetricsTest, CallsAreCountedByMethodAndStatus) {
     previous = bucket.cumulative_count;
   }
   EXPECT_EQ(previous, 1u);
+}
+
+TEST(ServerMetricsTest, MapsOfTheStatsAreSeriesByTheirKey) {
+  ServerMetrics metrics;
+  v1::Stats stats;
+  (*stats.mutable_evictions_by_reason())["ttl"] = 3;
+  (*stats.mutable_attachments_by_link())["peer"] = 2;
+  (*stats.mutable_attachments_by_link())["grpc"] = 7;
+  (*stats.mutable_link_failovers())["nccl"] = 1;
+  (*stats.mutable_tenants())["red"].set_calls(5);
+  const auto families = metrics.Families(stats, 0);
+  EXPECT_EQ(Find(families, "clusterkv_evictions_total").metric.at(0).counter.value, 3);
+  const auto& links = Find(families, "clusterkv_link_attachments").metric;
+  ASSERT_EQ(links.size(), 2u);
+  EXPECT_EQ(links[0].label[0].name, "link");
+  EXPECT_EQ(links[0].label[0].value, "grpc");
+  EXPECT_EQ(links[0].gauge.value, 7);
+  EXPECT_EQ(Find(families, "clusterkv_link_failovers_total").metric.at(0).counter.value, 1);
+  const auto& calls = Find(families, "clusterkv_tenant_calls_total").metric;
+  ASSERT_EQ(calls.size(), 1u);
+  EXPECT_EQ(calls[0].label[0].value, "red");
+  EXPECT_EQ(calls[0].counter.value, 5);
+}
+
+TEST(MetricTableTest, PrintsARowForEachMetric) {
+  std::istringstream lines(MetricTableJson());
+  size_t rows = 0;
+  for (std::string line; std::getline(lines, line); ++rows) {
+    const auto row = nlohmann::json::parse(line);
+    ASSERT_LT(rows, MetricTable().size());
+    EXPECT_EQ(row["name"], MetricTable()[rows].name);
+    const std::string help = row["help"];
+    EXPECT_EQ(help.back(), '.') << row["name"];
+  }
+  EXPECT_EQ(rows, MetricTable().size());
 }
 
 TEST(ServerMetricsTest, WhatTheServerCountsStandsInTheStats) {
