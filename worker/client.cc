@@ -195,8 +195,12 @@ absl::StatusOr<std::vector<v1::Sequence>> Client::ListSequences(const std::strin
 absl::Status Client::ReleaseSequence(const v1::SequenceHandle& sequence) {
   v1::ReleaseSequenceRequest request;
   *request.mutable_sequence() = sequence;
-  return impl_->Call(&v1::CacheService::StubInterface::ReleaseSequence, request, call_timeout())
-      .status();
+  const absl::Status status =
+      impl_->Call(&v1::CacheService::StubInterface::ReleaseSequence, request, call_timeout())
+          .status();
+  // It is not here, whoever would own it.
+  if (impl_->options.open_here && ReasonOf(status) == v1::NOT_OWNER) return absl::OkStatus();
+  return status;
 }
 
 absl::StatusOr<v1::SelectClustersResponse> Client::SelectClusters(

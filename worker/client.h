@@ -33,7 +33,8 @@ struct ClientOptions {
   absl::Duration call_timeout = absl::Seconds(30);
   absl::Duration connect_timeout = absl::ZeroDuration();  // of Connect; zero: call_timeout
   // Where the server knows of other shards: sequences are opened here all the same, whoever owns
-  // them. False: NOT_OWNER names the owner (Shards, shards.h, goes there).
+  // them, and one that is not here counts as released. False: NOT_OWNER names the owner (Shards,
+  // shards.h, goes there).
   bool open_here = true;
   TlsOptions tls;  // of channels that the client makes itself
   std::function<void(const v1::SessionResponse::Notice&)> on_notice;  // may be null; must not block

@@ -25,6 +25,12 @@ done
 # What the loader would load, and the loader itself.
 libraries=$(for program in "${programs[@]}"; do ldd "$root/usr/bin/$program"; done |
   grep -o '/[^ ]*\.so[^ ]*' | sort -u)
+# Looked up at start, where the server has CUDA.
+if grep -q libnccl.so.2 "$root/usr/bin/clusterkv-server"; then
+  nccl=$(ldconfig -p | sed -n 's/^\tlibnccl\.so\.2 .* => //p' | head -n 1)
+  [ -n "$nccl" ] || { echo "assemble.sh: no libnccl.so.2 in this base" >&2; exit 1; }
+  libraries+=$'\n'$nccl
+fi
 if for program in "${programs[@]}"; do ldd "$root/usr/bin/$program"; done | grep 'not found'; then
   exit 1
 fi

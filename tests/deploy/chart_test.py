@@ -427,6 +427,8 @@ class PodTest(unittest.TestCase):
         self.assertEqual(limits["example.com/gpu"], 2)
         self.assertEqual(limits["memory"], "2Gi")
         self.assertEqual(rendered.pod()["runtimeClassName"], "nvidia")
+        self.assertIn('device: "cuda"', rendered.server_conf())
+        self.assertNotIn("device:", Rendered().server_conf())
         self.assertEqual(set(Rendered().container()["resources"]["limits"]), {"memory"})
         self.assertNotIn("runtimeClassName", Rendered().pod())
 

@@ -17,6 +17,7 @@
 # Kubernetes built by `go build` needs its version: -ldflags "-X k8s.io/component-base/version.
 # gitVersion=v1.34.2 -X …gitMajor=1 -X …gitMinor=34", else helm takes it for v0.0.0.
 # CKV_CLUSTER_STATE: where everything lies (default: clusterkv-cluster in the temporary folder).
+# GHZ: ghz, where it is not in PATH; it goes into an image too, to be run from a pod.
 # CKV_IMAGE_ARCHIVE: an oci-archive to take instead of building the image.
 set -euo pipefail
 
@@ -226,6 +227,19 @@ import_image() {  # a buildah container or image, and its name here
   rm -f "$archive"
 }
 
+import_ghz() {
+  local ghz container library
+  ghz=${GHZ:-$(command -v ghz || true)}
+  [ -n "$ghz" ] || return 0
+  container=$(buildah from scratch)
+  buildah copy -q "$container" "$ghz" /ghz >/dev/null
+  for library in $(ldd "$ghz" 2>/dev/null | grep -o '/[^ ]*'); do  # none where it is static
+    buildah copy -q "$container" "$(readlink -f "$library")" "$library" >/dev/null
+  done
+  buildah config --entrypoint '["/ghz"]' "$container"
+  import_image "$container" localhost/ghz:1
+}
+
 build_image() {
   if [ -n "${CKV_IMAGE_ARCHIVE:-}" ]; then
     ctr -a "$socket" -n k8s.io images import "$CKV_IMAGE_ARCHIVE" >/dev/null
@@ -262,6 +276,7 @@ up() {
   start_node
   say "the node is ready after $SECONDS s"
   build_image
+  import_ghz
   say "up after $SECONDS s; kubectl and helm: cluster.sh exec kubectl get pods -A"
   echo "$kubeconfig"
 }
@@ -310,7 +325,7 @@ run_test() {
   require kubectl helm
   [ -e "$kubeconfig" ] || { say "no cluster: cluster.sh up first"; exit 1; }
   KUBECONFIG=$kubeconfig inside_resolving python3 -B "$here/cluster_test.py" --image "$image" \
-    --containerd "$socket" "$@"
+    --containerd "$socket" --ghz_image localhost/ghz:1 "$@"
 }
 
 case ${1:-} in

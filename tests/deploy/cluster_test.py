@@ -1,9 +1,10 @@
 #!/usr/bin/env python3
 """Installs the chart on a real cluster and tries what an operator does; cluster.sh test runs it.
 
-Usage: cluster_test.py --image=REPOSITORY:TAG [--bin=DIR] [--ghz=PROGRAM] [--containerd=SOCKET]
-                       [--mutual] [--keep] [--checks=NAME,…]
+Usage: cluster_test.py --image=REPOSITORY:TAG [--bin=DIR] [--ghz=PROGRAM] [--ghz_image=IMAGE]
+                       [--containerd=SOCKET] [--mutual] [--keep] [--checks=NAME,…]
 The cluster is KUBECONFIG's. --bin has ckv and clusterkv-server (default: build/release/bin).
+--ghz_image: of ghz alone, to run it in a pod; without it that check is left out.
 --containerd: the node's, to kill a server as the kernel would; without it that check is left out.
 Where there is no ghz or prometheus their checks are left out, and told. --keep: no uninstall.
 --mutual: the same with mutual TLS and two tenants (ci/mtls-values.yaml) and certificates of its own.
@@ -296,6 +297,31 @@ class Cluster:
         expect(min(metrics) >= 800, f"not every shard was asked: {metrics}")
         return f"p99 {', '.join(f'{value:.1f}' for value in p99)} ms, selects {metrics}"
 
+    def ghz_pod(self):
+        """ghz from a pod, through the ClusterIP"""
+        flags, volumes, mounts = ["--insecure"], [], []
+        if self.certificates:
+            flags = ["--cacert=/tls/ca.crt", "--cert=/tls/tls.crt", "--key=/tls/tls.key"]
+            volumes = [{"name": "tls", "secret": {"secretName": "clusterkv-operator"}}]
+            mounts = [{"name": "tls", "mountPath": "/tls"}]
+        query = (self.folder / "select.json").read_text()
+        pod = {"apiVersion": "v1", "kind": "Pod",
+               "metadata": {"name": "ghz", "labels": {"clusterkv-role": "client"}},
+               "spec": {"restartPolicy": "Never", "volumes": volumes, "containers": [{
+                   "name": "ghz", "image": self.options.ghz_image, "imagePullPolicy": "Never",
+                   "volumeMounts": mounts,
+                   "args": [*flags, "-O", "json", "-n", "500", "-c", "4", "-d", query,
+                            "--call=clusterkv.v1.CacheService/SelectClusters",
+                            service_address()]}]}}
+        kubectl("delete", "pod", "ghz", "--ignore-not-found", "--wait")
+        kubectl("apply", "-f", "-", stdin=json.dumps(pod))
+        wait_until("ghz in a pod", lambda: kubectl(
+            "get", "pod", "ghz", "-o", "jsonpath={.status.phase}") in ("Succeeded", "Failed"), 120)
+        report = json.loads(kubectl("logs", "ghz"))
+        kubectl("delete", "pod", "ghz", "--wait")
+        expect(report["statusCodeDistribution"] == {"OK": 500}, report["errorDistribution"])
+        return "500 calls OK"
+
     def metric(self, shard, name):
         url = f"http://{shard_address(shard, 7402)}/metrics"
         with urllib.request.urlopen(url, timeout=10) as answer:
@@ -339,8 +365,8 @@ class Cluster:
         expect(len(everywhere["sequences"]) == 9, everywhere)
         name = next(shard for shard in held if shard)[0]["name"]
         owner = next(i for i, shard in enumerate(held) if name in {s["name"] for s in shard})
-        refused = self.ckv("inspect", f"--server={shard_address((owner + 1) % 3)}", name,
-                           check=False)
+        refused = self.ckv("inspect", f"--server={shard_address((owner + 1) % 3)}",
+                           f"--sequence={name}", check=False)
         expect(refused.returncode != 0 and "NOT_OWNER" in refused.stderr
                and f"{NAME}-{owner}" in refused.stderr, refused.stderr)
         return f"{counts}; {refused.stderr.strip().splitlines()[0]}"
@@ -543,6 +569,7 @@ def main():
     parser.add_argument("--image", required=True)
     parser.add_argument("--bin", type=pathlib.Path, default=ROOT / "build/release/bin")
     parser.add_argument("--ghz", default=os.environ.get("GHZ") or shutil.which("ghz"))
+    parser.add_argument("--ghz_image")
     parser.add_argument("--containerd")
     parser.add_argument("--mutual", action="store_true")
     parser.add_argument("--keep", action="store_true")
@@ -550,12 +577,13 @@ def main():
     options = parser.parse_args()
     cluster = Cluster(options)
     without_ghz = {"ghz_everywhere", "kill", "restart", "prometheus"} if not options.ghz else set()
+    without_ghz |= set() if options.ghz and options.ghz_image else {"ghz_pod"}
     left_out = without_ghz | (set() if options.mutual else {"tenants"}) | (set() if options.containerd else {"kill"}) | (
         set() if shutil.which("prometheus") else {"prometheus"}) | (
         {"uninstall"} if options.keep else set())
     failed = 0
     for name in ("manifests", "install", "names", "helm_test", "image", "seed", "ghz_everywhere",
-                 "replay", "shards", "tenants", "kill", "restart", "scale",
+                 "ghz_pod", "replay", "shards", "tenants", "kill", "restart", "scale",
                  "prometheus", "uninstall"):
         if options.checks and name not in options.checks.split(","):
             continue

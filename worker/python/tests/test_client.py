@@ -213,6 +213,8 @@ def test_a_client_opens_on_its_server_whichever_shard_owns_the_name(server_progr
                 with pytest.raises(clusterkv.ClusterKVError) as caught:
                     client.get(f"nowhere{i}")
             assert caught.value.reason == "NOT_OWNER"
+            assert isinstance(caught.value, clusterkv.NotFoundError)
+            client.release(f"nowhere{i}")
             assert caught.value.metadata["ownerShard"] == "kv-1"
 
         async def opened():

@@ -107,8 +107,12 @@ class Client:
             ttl_ms=int(ttl_seconds * 1000)), timeout)
 
     async def release(self, sequence: Any, *, timeout: float | None = None) -> None:
-        await self._call(self._cache.ReleaseSequence, pb.ReleaseSequenceRequest(
-            sequence=_calls.handle(sequence)), timeout)
+        try:
+            await self._call(self._cache.ReleaseSequence,
+                       pb.ReleaseSequenceRequest(sequence=_calls.handle(sequence)), timeout)
+        except ClusterKVError as error:
+            if error.reason != "NOT_OWNER":  # else it is not here
+                raise
 
     async def attach(self, request: pb.AttachRequest, *,
                      timeout: float | None = None) -> pb.AttachResponse:

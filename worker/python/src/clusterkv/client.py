@@ -132,8 +132,12 @@ class Client:
             ttl_ms=int(ttl_seconds * 1000)), timeout)
 
     def release(self, sequence: Any, *, timeout: float | None = None) -> None:
-        self._call(self._cache.ReleaseSequence,
-                   pb.ReleaseSequenceRequest(sequence=_calls.handle(sequence)), timeout)
+        try:
+            self._call(self._cache.ReleaseSequence,
+                       pb.ReleaseSequenceRequest(sequence=_calls.handle(sequence)), timeout)
+        except ClusterKVError as error:
+            if error.reason != "NOT_OWNER":  # else it is not here
+                raise
 
     def attach(self, request: pb.AttachRequest, *, timeout: float | None = None) -> pb.AttachResponse:
         return self._call(self._cache.Attach, request, timeout)

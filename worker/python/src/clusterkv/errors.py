@@ -43,8 +43,8 @@ class NotReadyError(ClusterKVError):
     """The state does not allow the call yet: chunks are missing, or layers are still being clustered."""
 
 
-class NotOwnerError(ClusterKVError):
-    """The sequence belongs to another shard: ask there (metadata: ownerShard, ownerAddress)."""
+class NotOwnerError(NotFoundError):
+    """It is not here and belongs to another shard: ask there (metadata: ownerShard, ownerAddress)."""
 
 
 class RefusedError(ClusterKVError, PermissionError):
