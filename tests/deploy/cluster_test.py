@@ -22,10 +22,10 @@ import subprocess
 import sys
 import tempfile
 import time
-import urllib.parse
 import urllib.request
 
 import chart_test
+import local_prometheus
 
 ROOT = chart_test.ROOT
 NAMESPACE, RELEASE = "clusterkv-test", "test"
@@ -158,6 +158,7 @@ class Cluster:
             "resources": {"requests": {"cpu": "50m", "memory": "600Mi"},
                           "limits": {"memory": "600Mi"}}}))
         self.value_files = ["-f", self.values]
+        self.settings = {}
         self.certificates = None
         if options.mutual:
             self.certificates = Certificates(self.folder)
@@ -173,9 +174,12 @@ class Cluster:
     def helm(self, verb, *arguments, **options):
         return run(chart_test.HELM, verb, "-n", NAMESPACE, RELEASE, *arguments, **options)
 
-    def upgrade(self, *settings):
+    def upgrade(self, **settings):
+        """With these settings and those of the upgrades before."""
+        self.settings |= settings
         self.helm("upgrade", chart_test.CHART, *self.value_files, "--wait", "--timeout=300s",
-                  *[f"--set={setting}" for setting in settings])
+                  *[f"--set={name.replace('__', '.')}={value}"
+                    for name, value in self.settings.items()])
 
     def ghz(self, address, *arguments):
         """Runs ghz's call of SelectClusters; its report."""
@@ -377,7 +381,7 @@ class Cluster:
         plain = run(self.options.bin / "ckv", "status", f"--server={address}", check=False)
         expect(plain.returncode != 0, "plain text was answered")
         nobody = self.ckv("status", f"--server={address}", identity="nobody", check=False)
-        expect("IDENTITY_REFUSED" in nobody.stderr, nobody.stderr)
+        expect("identity: expected" in nobody.stderr, nobody.stderr)
         self.ckv("seed", f"--server={address}", "--prefix=operators", "--tokens=256", "--replace")
         self.ckv("seed", f"--server={address}", "--prefix=blues", "--tokens=256", "--replace",
                  identity="blue")
@@ -387,7 +391,7 @@ class Cluster:
                and "blues-0" in seen["blue"] and "operators-0" not in seen["blue"], seen)
         admin = self.ckv("status", f"--server={address}", f"--admin={shard_address(0, 7401)}",
                          identity="blue", check=False)
-        expect(admin.returncode != 0 and "IDENTITY_REFUSED" in admin.stderr, admin.stderr)
+        expect(admin.returncode != 0 and "identity: expected" in admin.stderr, admin.stderr)
         return "no certificate, nobody's, blue's on the admin port: refused"
 
     def kill(self):
@@ -417,7 +421,7 @@ class Cluster:
                                  stdout=subprocess.PIPE, text=True) for i in range(3)]
         begin = time.monotonic()
         with self.ghz_load("dns:///" + service_address("-headless"), 45, "GetServerInfo") as load:
-            self.upgrade("server.spinUs=5")
+            self.upgrade(server__spinUs=5)
             took = time.monotonic() - begin
         for log in logs:
             text = log.communicate(timeout=60)[0]
@@ -438,7 +442,7 @@ class Cluster:
         self.ckv("seed", where, "--prefix=before", "--sequences=6", "--tokens=256", "--replace")
         starts = {name: pod["status"]["startTime"] for name, pod in server_pods().items()}
         for shards in (5, 2):
-            self.upgrade(f"shards={shards}")
+            self.upgrade(shards=shards)
             wait_until(f"{shards} shards", lambda n=shards: all_ready(n), 120)
             self.helm("test", "--timeout=300s")
             now = {name: pod["status"]["startTime"] for name, pod in server_pods().items()}
@@ -447,11 +451,18 @@ class Cluster:
             if shards == 5:
                 listed = len(self.listed(where, "before"))
                 expect(listed == 6, f"{listed} of 6 sequences are left")
-                self.ckv("seed", where, "--prefix=after", "--sequences=20", "--tokens=256")
-                grown = [len(self.listed(f"--server={shard_address(i)}", "after"))
-                         for i in range(5)]
-                expect(sum(grown) == 20 and sum(grown[3:]) > 0, f"new ones: {grown}")
-        return f"helm test passed with each; of 20 new sequences on five shards: {grown}"
+                begin = time.monotonic()  # until the kubelet brings the list to the old pods
+                grown = wait_until("sequences on the new shards", lambda: self.grown(where), 180)
+                took = time.monotonic() - begin
+        return (f"helm test passed with each; after {took:.0f} s 20 new sequences lay on five "
+                f"shards as {grown}")
+
+    def grown(self, where):
+        """How 20 new sequences lie on five shards, or nothing while the last two have none."""
+        self.ckv("seed", where, "--prefix=after", "--sequences=20", "--tokens=256", "--replace")
+        counts = [len(self.listed(f"--server={shard_address(i)}", "after")) for i in range(5)]
+        expect(sum(counts) == 20, f"of 20 sequences: {counts}")
+        return counts if min(counts[3:]) > 0 else None
 
     def listed(self, where, prefix):
         return json.loads(self.ckv("sequences", where, "--json=-", f"--prefix={prefix}"))[
@@ -463,7 +474,8 @@ class Cluster:
         rendered = chart_test.Rendered(alerts__enabled=True, dashboards__enabled=True,
                                        alerts__selectP99Seconds=1e-9, shards=shards,
                                        fullnameOverride=NAME)
-        with Prometheus(self.folder, rendered, shards) as prometheus:
+        targets = {f"{NAME}-{shard}": shard_address(shard, 7402) for shard in range(shards)}
+        with local_prometheus.Prometheus(self.folder, rendered, NAMESPACE, targets) as prometheus:
             wait_until("targets", lambda: prometheus.query(
                 "count(clusterkv_uptime_seconds)") == [float(shards)])
             for shard in range(shards):
@@ -473,7 +485,8 @@ class Cluster:
             time.sleep(3)  # counters that are new need two scrapes to have a rate
             self.make_all_series(shards)
             time.sleep(2)
-            panels, empty = prometheus.check_panels()
+            # No link but gRPC is there; tenants, where there are some, may not all call.
+            panels, empty = prometheus.check_panels("link_(fallbacks|failovers|bytes)|tenant_")
             expect(not empty, f"panels without data: {empty}")
             wait_until("the alert", lambda: "ClusterKVSelectSlow" in prometheus.firing())
             others = prometheus.firing() - {"ClusterKVSelectSlow"}
@@ -493,75 +506,12 @@ class Cluster:
         kinds = "all,configmap,serviceaccount,pdb,networkpolicy,endpointslice,secret,pvc"
         wait_until("everything gone", lambda: not json.loads(
             kubectl("get", kinds, "-l", LABEL, "-o", "json"))["items"], 90)
+        if self.certificates:
+            kubectl("delete", "secret", "clusterkv-shards", "clusterkv-operator")
         left = kubectl("get", kinds, "-o", "name").split()
         expect(set(left) <= {"configmap/kube-root-ca.crt", "serviceaccount/default"}, left)
         run("kubectl", "delete", "namespace", NAMESPACE, "--timeout=60s")
         return "nothing is left"
-
-
-class Prometheus:
-    """A Prometheus of our own that scrapes the pods; a context manager."""
-
-    def __init__(self, folder, rendered, shards):
-        self.folder, self.rendered, self.shards = folder, rendered, shards
-
-    def __enter__(self):
-        spec = self.rendered.get("PrometheusRule")["spec"]
-        for rule in spec["groups"][0]["rules"]:
-            rule.pop("for", None)  # at once
-            rule["expr"] = rule["expr"].replace('"kv"', f'"{NAMESPACE}"').replace("[5m]", "[30s]")
-        (self.folder / "rules.json").write_text(json.dumps(spec))
-        # Targets by hand: Debian's Prometheus is built without discovery by Kubernetes.
-        targets = [{"targets": [shard_address(shard, 7402)],
-                    "labels": {"namespace": NAMESPACE, "pod": f"{NAME}-{shard}"}}
-                   for shard in range(self.shards)]
-        config = {
-            "global": {"scrape_interval": "1s", "evaluation_interval": "1s"},
-            "rule_files": [str(self.folder / "rules.json")],
-            "scrape_configs": [{"job_name": "clusterkv", "static_configs": targets}]}
-        (self.folder / "prometheus.json").write_text(json.dumps(config))
-        self.process = subprocess.Popen(
-            ["prometheus", f"--config.file={self.folder}/prometheus.json",
-             f"--storage.tsdb.path={self.folder}/tsdb", "--web.listen-address=127.0.0.1:19090",
-             "--log.level=warn"],
-            stderr=(self.folder / "prometheus.log").open("w", encoding="utf-8"))
-        return self
-
-    def __exit__(self, *_):
-        self.process.terminate()
-        self.process.wait(timeout=60)
-
-    def get(self, path, **parameters):
-        url = f"http://127.0.0.1:19090/api/v1/{path}?" + urllib.parse.urlencode(parameters)
-        with urllib.request.urlopen(url, timeout=10) as answer:
-            return json.loads(answer.read())["data"]
-
-    def query(self, expression):
-        try:
-            result = self.get("query", query=expression)["result"]
-        except OSError:
-            return []
-        return [float(row["value"][1]) for row in result]
-
-    def check_panels(self):
-        """How many expressions of panels there are, and those that no data answers."""
-        dashboard = json.loads(
-            self.rendered.get("ConfigMap", "-dashboards")["data"]["clusterkv.json"])
-        count, empty = 0, []
-        for panel in dashboard["panels"]:
-            for target in panel.get("targets", []):
-                expression = (target["expr"].replace("$__rate_interval", "30s")
-                              .replace("$namespace", NAMESPACE).replace("$pod", ".+"))
-                count += 1
-                # No link but gRPC is there; tenants, where there are some, may not all call.
-                without = re.search("link_(fallbacks|failovers|bytes)|tenant_", expression)
-                if not without and not self.query(expression):
-                    empty.append(f"{panel['title']}: {expression}")
-        return count, empty
-
-    def firing(self):
-        return {alert["labels"]["alertname"] for alert in self.get("alerts")["alerts"]
-                if alert["state"] == "firing"}
 
 
 def main():
