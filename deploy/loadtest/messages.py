@@ -2,11 +2,11 @@
 """Makes the messages that ghz sends.
 
 Usage: messages.py select OUT SEQUENCES < query.json      from `ckv seed --print_query`
-       messages.py put OUT NAME TOKENS KV_HEADS HEAD_DIM
+       messages.py put OUT NAME TOKENS KV_HEADS HEAD_DIM [SHARD…]
 select writes OUT/select.json, which asks one of SEQUENCES sequences at random, and OUT/select.bin,
 the same request for the first one as protobuf. put writes the three steps of a prompt of one layer:
 OUT/open.json, OUT/put_kv.json (a client stream of two chunks) and OUT/release.json; request i is
-sequence NAME-i.
+sequence NAME-i. SHARD…: the shards that are not meant, where the server knows of several.
 """
 
 import base64
@@ -55,12 +55,12 @@ def bfloat16_rows(count):
     return b"".join(struct.pack("<f", numbers.gauss(0, 1))[2:] for _ in range(count))
 
 
-def write_put(out, name, tokens, kv_heads, head_dim):
+def write_put(out, name, tokens, kv_heads, head_dim, others):
     sequence = {"name": name + "-{{.RequestNumber}}"}
     shape = {"layers": 1, "kv_heads": kv_heads, "query_heads": kv_heads, "head_dim": head_dim}
     (out / "open.json").write_text(
         json.dumps({**sequence, "shape": shape, "prompt_tokens": tokens,
-                    "ttl_ms": 600_000}))
+                    "ttl_ms": 600_000, "without_shards": others}))
     half = tokens // 2
     messages = []
     for first, count in ((0, half), (half, tokens - half)):
@@ -74,8 +74,9 @@ def write_put(out, name, tokens, kv_heads, head_dim):
 def main(arguments):
     if len(arguments) == 3 and arguments[0] == "select":
         write_select(pathlib.Path(arguments[1]), int(arguments[2]))
-    elif len(arguments) == 6 and arguments[0] == "put":
-        write_put(pathlib.Path(arguments[1]), arguments[2], *map(int, arguments[3:]))
+    elif len(arguments) >= 6 and arguments[0] == "put":
+        write_put(pathlib.Path(arguments[1]), arguments[2], *map(int, arguments[3:6]),
+                  arguments[6:])
     else:
         print(__doc__, file=sys.stderr)
         return 2

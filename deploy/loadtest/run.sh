@@ -71,7 +71,8 @@ steady() {  # load phase rps seconds
 put_steady() {  # load phase rps seconds
   local total=$(($3 * $4))
   [ $total -le 2000 ] || total=2000  # of 128 KiB each
-  python3 "$here/messages.py" put . "put-$$-$2" $PUT_TOKENS $PUT_KV_HEADS $PUT_HEAD_DIM
+  python3 "$here/messages.py" put . "put-$$-$2" $PUT_TOKENS $PUT_KV_HEADS $PUT_HEAD_DIM \
+    "${other_shards[@]}"
   "$ghz" "${ghz_tls[@]}" \
     --call=clusterkv.v1.CacheService/OpenSequence -D open.json -c 8 \
     --total=$total -O json -o open.json.result "$server"
@@ -99,6 +100,12 @@ ladder() {  # load
   $run "$load" soak $((last * 7 / 10 + 1)) "$soak_seconds"
 }
 
+# Sequences are opened on this server, whoever owns their names.
+mapfile -t other_shards < <("$ckv" status --server="$server" "${ckv_tls[@]}" --json=- |
+  python3 -c 'import json, sys
+info = json.load(sys.stdin)
+for shard in info["shards"]:
+    if shard["name"] != info["shard"]: print(shard["name"])')
 "$ckv" seed --server="$server" "${ckv_tls[@]}" \
   --prefix=load --sequences="$sequences" --tokens="$tokens" \
   --replace --print_query >query.json

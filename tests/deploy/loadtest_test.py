@@ -125,7 +125,9 @@ class MessagesTest(Folder):
             '  data: "\\000\\000\\000?\\000\\000\\240\\277"', "}", "want_state: true", ""])
 
     def test_chunks_make_up_the_prompt(self):
-        run_script("messages.py", "put", self.folder, "put", 7, 2, 64)
+        run_script("messages.py", "put", self.folder, "put", 7, 2, 64, "kv-1", "kv-2")
+        opened = json.loads((self.folder / "open.json").read_text())
+        self.assertEqual(opened["without_shards"], ["kv-1", "kv-2"])
         opened = json.loads((self.folder / "open.json").read_text())
         messages = json.loads((self.folder / "put_kv.json").read_text())
         self.assertEqual(opened["prompt_tokens"], 7)

@@ -26,6 +26,10 @@ std::string Joined(const google::protobuf::RepeatedPtrField<std::string>& words)
 Json ServerJson(const v1::ServerInfo& info) {
   Json links = Json::array();
   for (const int link : info.links()) links.push_back(LinkName(static_cast<v1::Link>(link)));
+  Json shards = Json::array();
+  for (const v1::Shard& shard : info.shards()) {
+    shards.push_back({{"name", shard.name()}, {"address", shard.address()}});
+  }
   char boot_id[17];
   std::snprintf(boot_id, sizeof(boot_id), "%016lx", static_cast<unsigned long>(info.boot_id()));
   return {{"boot_id", boot_id},
@@ -40,7 +44,9 @@ Json ServerJson(const v1::ServerInfo& info) {
           {"max_batch_items", info.max_batch_items()},
           {"max_sequence_tokens", info.max_sequence_tokens()},
           {"draining", info.draining()},
-          {"session_ttl_ms", info.session_ttl_ms()}};
+          {"session_ttl_ms", info.session_ttl_ms()},
+          {"shard", info.shard()},
+          {"shards", shards}};
 }
 
 Json StatsJson(const v1::Stats& stats) {
@@ -163,6 +169,11 @@ class StatusCommand : public Command {
     PrintLine("limits", HumanCount(info.max_sequence_tokens()) + " tokens a sequence, " +
                             HumanCount(info.max_batch_items()) + " items a select, chunks of " +
                             HumanBytes(info.max_chunk_bytes()));
+    if (info.shards_size() > 0) {
+      std::string names;
+      for (const v1::Shard& shard : info.shards()) names += " " + shard.name();
+      PrintLine("shard", info.shard() + " of" + names);
+    }
     PrintLine("sequences", HumanCount(static_cast<int64_t>(sequences)) + ", " +
                                HumanBytes(static_cast<double>(held)));
     if (json.contains("stats")) PrintStats(stats);
