@@ -266,6 +266,8 @@ const SelectCase kSelectCases[] = {
      .type = ElementType::kFloat16},
     {.name = "equal_tokens", .head_dim = 128, .group = 2, .kv_heads = 1, .parts = {1000},
      .codes = {2, 32}, .params = Params(30, 700, 0.25f), .balanced = false, .equal_keys = true},
+    {.name = "odd_tokens", .head_dim = 128, .group = 4, .kv_heads = 1, .parts = {1300},
+     .codes = {2, 32}, .params = Params(64, 1003, 0.25f)},
     {.name = "flat", .head_dim = 128, .group = 4, .kv_heads = 1, .parts = {8700},
      .codes = {2, 32}, .params = Params(64, 800, 0.25f), .spread = 0.01f},
 };

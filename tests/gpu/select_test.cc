@@ -203,6 +203,7 @@ GPU_TEST(SelectPeakedQueriesDoNotUnderflow) { RunCase("peaked"); }
 GPU_TEST(SelectOfOneToken) { RunCase("one_token"); }
 GPU_TEST(SelectThreeHeadsOverManyParts) { RunCase("three_heads"); }
 GPU_TEST(SelectEqualTokensGoToTheLowerPosition) { RunCase("equal_tokens"); }
+GPU_TEST(SelectScoresTokensThatFillNoWarp) { RunCase("odd_tokens"); }
 GPU_TEST(SelectAmongClustersOfNearlyEqualRank) { RunCase("flat", 2); }
 
 }  // namespace
