@@ -60,11 +60,12 @@ package_tests() {
 }
 
 quality() {
-  local out=build/python/quality-$context.json texts log=build/python/server.log server status=0
+  local out=build/python/quality-$context.json texts log=build/python/server.log server
   texts=$(printf '%s,' "$shared"/texts/*.txt)
   "$CLUSTERKV_SERVER" --listen=127.0.0.1:0 --admin_listen=127.0.0.1:0 --arena_bytes=2GiB \
     --log_level=warning >"$log" &
   server=$!
+  trap 'kill "$server" 2>/dev/null || true' EXIT
   for _ in $(seq 100); do
     grep -q '^listening on' "$log" && break
     sleep 0.1
@@ -74,10 +75,7 @@ quality() {
     --server="$(sed -n 's/^listening on \([^,]*\),.*/\1/p' "$log")" --context="$context" \
     --sequences="$sequences" --check_oracle --json="$out" --methods="$(printf %s \
       full,clusterkv@1024,recall@128,default@64,default@64:k8v4, \
-      oracle-clusterkv@1024,oracle-recall@128,oracle-default@64)" || status=$?
-  kill "$server"
-  wait "$server" || true
-  [ $status -eq 0 ] || return $status
+      oracle-clusterkv@1024,oracle-recall@128,oracle-default@64)" || return
   "$python" tests/quality/demands.py "$out" $([ "$sequences" -lt 6 ] && echo --few)
 }
 
