@@ -12,6 +12,8 @@ namespace {
 using namespace cuda;             // NOLINT: device helpers
 using namespace cuda::attention;  // NOLINT
 
+constexpr int kThreads = 128;
+constexpr int kWarps = kThreads / kWarp;
 constexpr int kMaxSplits = 64;
 
 struct Plan {

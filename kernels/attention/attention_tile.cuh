@@ -6,7 +6,8 @@
 //
 // The first product leaves its result in the registers that the second wants it in, and keys and
 // values go from memory to operands by 16-byte loads: channels are permuted so that what a lane
-// loads is what it needs. Logits are in units of log2. Blocks have kThreads threads.
+// loads is what it needs. Logits are in units of log2. Blocks have whole warps, as many as the
+// kernel likes.
 #ifndef CLUSTERKV_KERNELS_ATTENTION_ATTENTION_TILE_CUH_
 #define CLUSTERKV_KERNELS_ATTENTION_ATTENTION_TILE_CUH_
 
@@ -17,8 +18,6 @@
 
 namespace clusterkv::kernels::cuda::attention {
 
-constexpr int kThreads = 128;
-constexpr int kWarps = kThreads / kWarp;
 constexpr int kTile = 16;  // tokens
 constexpr int kHeads = 8;  // query heads of a block
 constexpr int kSpan = 64;  // channels of one value load of a warp
@@ -35,6 +34,8 @@ __host__ __device__ constexpr int FragmentBytes(int steps) { return steps * 2 * 
 __host__ __device__ constexpr int QueryOffset(int steps, int fragment_sets) {
   return kHeaderBytes + fragment_sets * FragmentBytes(steps);
 }
+
+__device__ __forceinline__ int Threads() { return static_cast<int>(blockDim.x); }
 
 enum class Source { kFloat32, kFloat16, kBFloat16, kK8V4 };
 
@@ -131,7 +132,7 @@ struct BlockState {
 template <bool kHalf>
 __device__ void MakeFragments(const float* query, const float* unit, int dim, int steps,
                               uint4* to) {
-  for (int i = threadIdx.x; i < steps * 2 * kWarp; i += kThreads) {
+  for (int i = threadIdx.x; i < steps * 2 * kWarp; i += Threads()) {
     const int lane = i % kWarp, part = i / kWarp % 2, step = i / (2 * kWarp);
     const int r = lane / 4, channel = step * 32 + lane % 4 * 8 + part * 4;
     float x[4];
@@ -391,9 +392,9 @@ __device__ void StorePartial(Running<kChunks>& run, int span, float* partial) {
 }
 
 // Merges `count` partials, `stride` floats apart, into one at `to` (which may be the first).
-__device__ void MergePartials(const float* partials, int count, int64_t stride, int span,
-                              float* to) {
-  for (int i = threadIdx.x; i < kHeads * span; i += kThreads) {
+__device__ inline void MergePartials(const float* partials, int count, int64_t stride, int span,
+                                     float* to) {
+  for (int i = threadIdx.x; i < kHeads * span; i += Threads()) {
     const int head = i / span;
     float largest = kNegativeInfinity;
     for (int k = 0; k < count; ++k) largest = fmaxf(largest, partials[k * stride + head]);
@@ -458,7 +459,7 @@ __device__ BlockState PrepareBlock(const float* query, unsigned char* memory, in
   uint4* fragments = reinterpret_cast<uint4*>(memory + kHeaderBytes);
   uint4* record_fragments =
       reinterpret_cast<uint4*>(memory + kHeaderBytes + (fragment_sets - 1) * FragmentBytes(steps));
-  for (int h = warp; h < kHeads; h += kWarps) {
+  for (int h = warp; h < kHeads; h += Threads() / kWarp) {
     float largest = 0, sum = 0;
     for (int j = lane; j < dim; j += kWarp) {
       largest = fmaxf(largest, fabsf(query[h * dim + j]));

@@ -1104,7 +1104,7 @@ __device__ __forceinline__ void PairAnswer<kThreads>::SumState(int position) {
   if (thread_ < s_.exact_count) Array<int>(plan_.exact_position)[thread_] = position;
   __syncthreads();
   constexpr int kSize = kAnswerHeads * kAnswerDim;
-  const int share = (kSize + plan_.blocks - 1) / plan_.blocks;
+  const int share = StateShare();
 #pragma unroll
   for (int k = 0; k < kSize / kThreads; ++k) {
     const int i = thread_ + k * kThreads, owner = i / share;
@@ -1182,39 +1182,54 @@ __device__ __forceinline__ void PairAnswer<kThreads>::WriteSelection(const Selec
   if (out.coded_tokens != nullptr) out.coded_tokens[row] = coded ? token_count_ - exact : 0;
 }
 
-// The block's channels of the state. `any`: there is one.
+// `any`: the state is not empty.
+template <int kThreads>
+__device__ __forceinline__ float PairAnswer<kThreads>::StateWeight(int head, bool any) const {
+  float total = 0;
+  for (int k = 0; any && k < plan_.blocks; ++k) {
+    total += reinterpret_cast<const float*>(&s_.block_weights[k])[head];
+  }
+  return total;
+}
+template <int kThreads>
+__device__ __forceinline__ float PairAnswer<kThreads>::StateNumber(int i, bool any) const {
+  const int share = StateShare();
+  const float total = StateWeight((rank_ * share + i) / kAnswerDim, any);
+  float sum = 0;
+  for (int k = 0; any && k < plan_.blocks; ++k) sum += s_.state_parts[k * share + i];
+  return total > 0 ? sum / total : 0.0f;
+}
+template <int kThreads>
+__device__ __forceinline__ float PairAnswer<kThreads>::StateLse(int head, bool any) const {
+  const float total = StateWeight(head, any);
+  return total > 0 ? (HeadOf(state_max_, head) + log2f(total)) * kLn2 : kAnswerNegativeInfinity;
+}
+
+// The block's channels of the state.
 template <int kThreads>
 __device__ __forceinline__ void PairAnswer<kThreads>::WriteState(const SelectCudaOutput& out,
                                                                  int row, bool any) {
-  constexpr int kSize = kAnswerHeads * kAnswerDim;
-  const int group = plan_.params.group;
-  const int share = (kSize + plan_.blocks - 1) / plan_.blocks;
-  const auto total_of = [&](int h) {
-    float total = 0;
-    for (int k = 0; any && k < plan_.blocks; ++k) {
-      total += reinterpret_cast<const float*>(&s_.block_weights[k])[h];
-    }
-    return total;
-  };
+  const int group = plan_.params.group, share = StateShare();
   for (int i = thread_; i < share; i += kThreads) {
-    const int channel = rank_ * share + i;
-    if (channel >= group * kAnswerDim) continue;
-    const float total = total_of(channel / kAnswerDim);
-    float sum = 0;
-    for (int k = 0; any && k < plan_.blocks; ++k) sum += s_.state_parts[k * share + i];
-    out.state_output[static_cast<int64_t>(row) * group * kAnswerDim + channel] =
-        total > 0 ? sum / total : 0.0f;
+    const int number = rank_ * share + i;
+    if (number >= group * kAnswerDim) continue;
+    out.state_output[static_cast<int64_t>(row) * group * kAnswerDim + number] = StateNumber(i, any);
   }
   if (rank_ == 0 && thread_ < group) {
-    const float total = total_of(thread_);
-    out.state_lse[static_cast<int64_t>(row) * group + thread_] =
-        total > 0 ? (HeadOf(state_max_, thread_) + log2f(total)) * kLn2 : kAnswerNegativeInfinity;
+    out.state_lse[static_cast<int64_t>(row) * group + thread_] = StateLse(thread_, any);
   }
 }
 
 template <int kThreads>
 __device__ __forceinline__ void PairAnswer<kThreads>::Finish(const float* queries,
                                                              const SelectCudaOutput& out, int row) {
+  Answer(queries, Writer{out, row});
+}
+
+template <int kThreads>
+template <typename Taker>
+__device__ __forceinline__ void PairAnswer<kThreads>::Answer(const float* queries,
+                                                             const Taker& taker) {
   PrepareQueries(queries);
   ClusterWait(plan_.blocks);
   ScoreCentroids();
@@ -1230,6 +1245,7 @@ __device__ __forceinline__ void PairAnswer<kThreads>::Finish(const float* querie
     SumEstimated();
   }
   ChooseExact();
+  if (rank_ == plan_.blocks - 1) taker.Exact(*this);
   const int position = ExactPosition(thread_);
   const bool any = estimated_count_ > 0 ||
                    (plan_.refine && plan_.params.answer_scored && token_count_ > s_.exact_count);
@@ -1245,9 +1261,9 @@ __device__ __forceinline__ void PairAnswer<kThreads>::Finish(const float* querie
     __syncthreads();
   }
   ClusterArrive(plan_.blocks);
-  if (rank_ == plan_.blocks - 1) WriteSelection(out, row);
+  if (rank_ == plan_.blocks - 1) taker.Selection(*this);
   ClusterWait(plan_.blocks);
-  WriteState(out, row, any);
+  taker.State(*this, any);
 }
 
 }  // namespace clusterkv::kernels::cuda

@@ -207,6 +207,28 @@ class PairAnswer {
   // of all blocks have returned; a fence is the caller's.
   __device__ __forceinline__ void Finish(const float* queries, const SelectCudaOutput& out,
                                          int row);
+  // As Finish, for a caller that takes the results where they are, with all threads of a block:
+  //   taker.Exact(answer)       of the last block, when the exact zone is known and the state is
+  //                             not; may have barriers of the block
+  //   taker.Selection(answer)   of the last block
+  //   taker.State(answer, any)  of every block; any: the state is not empty
+  template <typename Taker>
+  __device__ __forceinline__ void Answer(const float* queries, const Taker& taker);
+  // For takers. Exact token i, counted from 0: its part and its head-local slot there.
+  __device__ __forceinline__ int rank() const { return rank_; }
+  __device__ __forceinline__ int ExactCount() const { return s_.exact_count; }
+  __device__ __forceinline__ const DeviceIndexPart& ExactToken(int i, int* slot) {
+    const int token = Array<int>(plan_.exact_token)[i];
+    *slot = SlotOf(token);
+    return PartOf(Listed()[TokenEntry()[token]]);
+  }
+  // The block has StateShare() numbers, an even count, of the state [group, 128] from rank() *
+  // StateShare() on: number i of them; and the log-sum-exp of a head.
+  __device__ __forceinline__ int StateShare() const {
+    return (kAnswerHeads * kAnswerDim / 2 + plan_.blocks - 1) / plan_.blocks * 2;
+  }
+  __device__ __forceinline__ float StateNumber(int i, bool any) const;
+  __device__ __forceinline__ float StateLse(int head, bool any) const;
 
  private:
   template <typename T>
@@ -313,6 +335,19 @@ class PairAnswer {
   __device__ __forceinline__ int ExactPosition(int i);
   __device__ __forceinline__ void WriteSelection(const SelectCudaOutput& out, int row);
   __device__ __forceinline__ void WriteState(const SelectCudaOutput& out, int row, bool any);
+  __device__ __forceinline__ float StateWeight(int head, bool any) const;
+
+  struct Writer {
+    const SelectCudaOutput& out;
+    int row;
+    __device__ __forceinline__ void Exact(PairAnswer&) const {}
+    __device__ __forceinline__ void Selection(PairAnswer& answer) const {
+      answer.WriteSelection(out, row);
+    }
+    __device__ __forceinline__ void State(PairAnswer& answer, bool any) const {
+      answer.WriteState(out, row, any);
+    }
+  };
 
   const AnswerPlan& plan_;
   unsigned char* base_;

@@ -54,9 +54,9 @@ if command -v nvidia-smi > /dev/null; then
   [ "$(nvidia-smi --query-gpu=compute_cap --format=csv,noheader | head -n 1)" = 9.0 ] ||
     flags=(-std=c++20 -O3 -lineinfo -I. -arch=native)
 fi
-tests=(base codec gather attention select kmeans index)
+tests=(base codec gather attention select kmeans index resident)
 kernels=(base/finite codec/record_codec gather/gather attention/attention select/select
-  select/answer kmeans/kmeans index/index)
+  select/answer kmeans/kmeans index/index resident/serve resident/step)
 
 compile() {  # compile SOURCE: unless an object is newer than every header and it
   local object=$build/objects/${1//\//_}.o
@@ -73,7 +73,7 @@ build_all() {
     objects+=("$build/objects/kernels_${name//\//_}_cuda.cu.o")
   done
   for name in "${tests[@]}"; do sources+=("tests/gpu/${name}_test.cc"); done
-  if wants bench; then sources+=(tests/gpu/bench/gpu_bench.cu); fi
+  if wants bench; then sources+=(tests/gpu/bench/gpu_bench.cu tests/gpu/bench/decode_loop.cu); fi
   for name in "${sources[@]}"; do compile "$name" & jobs+=($!); done
   for name in "${jobs[@]}"; do wait "$name" || return 1; done
   for name in "${tests[@]}"; do
@@ -81,8 +81,10 @@ build_all() {
       "${objects[@]}" -o "$build/${name}_test" || return 1
   done
   if wants bench; then
-    nvcc "${flags[@]}" -shared "$build/objects/tests_gpu_bench_gpu_bench.cu.o" "${objects[@]}" \
-      -o "$build/libckv_gpu_bench.so" || return 1
+    for name in gpu_bench decode_loop; do
+      nvcc "${flags[@]}" -shared "$build/objects/tests_gpu_bench_$name.cu.o" "${objects[@]}" \
+        -o "$build/libckv_$name.so" || return 1
+    done
   fi
 }
 
@@ -144,6 +146,11 @@ if wants bench; then
   say "benchmarks"
   python3 tests/gpu/bench/bench.py "--lib=$build/libckv_gpu_bench.so" "--out=$out" 2>&1 |
     tee "$logs/bench" || status=1
+  if [ "$(nvidia-smi -L | wc -l)" -gt 1 ]; then
+    say "decode loop"
+    timeout 300 python3 -B tests/gpu/bench/decode_loop.py "--lib=$build/libckv_decode_loop.so" \
+      "--out=$out/decode_loop.json" 2>&1 | tee "$logs/decode_loop" || status=1
+  fi
 fi
 python3 - "$out" <<'END'
 import json, pathlib, sys

@@ -176,6 +176,7 @@ unsigned char* SharedMemory();
 // That of block `rank` of the running thread's cluster.
 unsigned char* SharedMemoryOf(int rank);
 void SyncThreads();
+int SyncThreadsCount(bool vote);
 void SyncCluster();
 // All lanes of `mask` exchange `words` 32-bit words: out receives every lane's, [32][words].
 void Exchange(uint32_t mask, const uint32_t* words, int count, uint32_t (*out)[8]);
@@ -238,17 +239,7 @@ inline unsigned __ballot_sync(unsigned mask, bool predicate) {
 }
 inline bool __any_sync(unsigned mask, bool p) { return __ballot_sync(mask, p) != 0; }
 inline bool __all_sync(unsigned mask, bool p) { return __ballot_sync(mask, p) == mask; }
-inline int __syncthreads_count(bool p) {
-  static int count[2];
-  static int phase = 0;
-  (void)phase;
-  __syncthreads();
-  count[0] = 0;
-  __syncthreads();
-  count[0] += p;
-  __syncthreads();
-  return count[0];
-}
+inline int __syncthreads_count(bool p) { return cuda_emulator::SyncThreadsCount(p); }
 template <typename T>
 unsigned __match_any_sync(unsigned mask, T value) {
   static_assert(sizeof(T) == 4);

@@ -46,6 +46,7 @@ struct Block {
   std::vector<Warp> warps;
   std::vector<unsigned char> shared;
   int live = 0;
+  int votes = 0;
 };
 
 std::vector<Block> blocks;
@@ -194,6 +195,16 @@ unsigned char* SharedMemoryOf(int rank) { return SharedOf(blocks[rank]); }
 void SyncThreads() {
   Block& block = blocks[current->block_in_cluster];
   Wait(block.barrier, block.live);
+}
+
+int SyncThreadsCount(bool vote) {
+  Block& block = blocks[current->block_in_cluster];
+  SyncThreads();
+  block.votes = 0;
+  SyncThreads();
+  block.votes += vote;
+  SyncThreads();
+  return block.votes;
 }
 
 void SyncCluster() { Wait(cluster_barrier, cluster_live); }

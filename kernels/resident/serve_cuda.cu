@@ -1,0 +1,318 @@
+// The service's end: a block, or a thread-block cluster of blocks, takes pairs from a queue and
+// answers one after the other. What does not depend on the queries is done before they come.
+#include "kernels/resident/directory.cuh"
+#include "kernels/resident/lines.cuh"
+#include "kernels/resident/resident_cuda.h"
+#include "kernels/resident/windows.h"
+#include "kernels/select/answer_pair.cuh"
+#include "kernels/select/resident_clusters.h"
+
+namespace clusterkv::kernels {
+namespace {
+
+using namespace cuda;  // NOLINT: device helpers
+constexpr int kThreads = 512;
+constexpr int kWarps = kThreads / kWarp;
+
+struct ServePlan {
+  ServeParams params;
+  resident::WindowLayout windows;
+  AnswerPlan answer;
+  int record_bytes, clusters;  // clusters: of the grid, each answers a pair at a time
+  int own_offset;              // of Own in shared memory
+};
+
+// A block's shared memory beside the answer's.
+struct Own {
+  DirectoryScratch directory;
+  int32_t positions[resident::kMaxExact];             // of the exact tokens
+  const unsigned char* records[resident::kMaxExact];  // theirs
+  uint64_t ticket;
+  float queries[kAnswerHeads * kAnswerDim];
+};
+
+struct Ticket {
+  uint64_t round;  // of this launch, from 0
+  int layer, pair;
+  uint32_t flag;
+};
+
+// The next pair of the queue, the same for all blocks of the cluster.
+__device__ Ticket TakeTicket(const ServePlan& plan, int cluster, int rank, Own& own) {
+  const ServeParams& p = plan.params;
+  uint64_t* tickets = static_cast<uint64_t*>(p.workspace);
+  __syncthreads();
+  if (threadIdx.x == 0 && rank == 0) {
+    // What the last pair's answer left in memory is for whoever takes a later one.
+    __threadfence();
+    own.ticket = atomicAdd(reinterpret_cast<unsigned long long*>(&p.control->tickets), 1ull);
+    tickets[cluster] = own.ticket;
+    __threadfence();
+  }
+  ClusterSync(plan.answer.blocks);
+  if (threadIdx.x == 0 && rank != 0) {
+    own.ticket = *static_cast<const volatile uint64_t*>(tickets + cluster);
+  }
+  __syncthreads();
+  Ticket ticket;
+  ticket.round = own.ticket / static_cast<uint64_t>(p.shape.pairs);
+  ticket.pair = static_cast<int>(own.ticket % static_cast<uint64_t>(p.shape.pairs));
+  const uint64_t number = p.first_round + ticket.round;
+  ticket.flag = static_cast<uint32_t>(number);
+  ticket.layer = static_cast<int>((number - 1) % static_cast<uint64_t>(p.shape.layers));
+  return ticket;
+}
+
+// Asks for what an answer will read, into the second cache: the block's share of the centroids,
+// then of the value means, as far as prefetch_bytes go.
+__device__ void Prefetch(const ServePlan& plan, const SelectCudaPair& pair, int rank) {
+#ifdef CLUSTERKV_CUDA_EMULATOR
+  (void)plan;
+  (void)pair;
+  (void)rank;
+#else
+  constexpr int kRowBytes = 4 * kAnswerDim, kLine = 128, kLines = kRowBytes / kLine;
+  int left = static_cast<int>(plan.params.prefetch_bytes / kRowBytes);  // rows of the pair
+  const int blocks = plan.answer.blocks;
+  const auto rows = [&](const DevicePagedView& view, uint32_t first, int count) {
+    const int tiles = (count + kAnswerTile - 1) / kAnswerTile;
+    const int begin = tiles * rank / blocks * kAnswerTile;
+    const int end = min(count, tiles * (rank + 1) / blocks * kAnswerTile);
+    const int wanted = min(end - begin, (left + blocks - 1) / blocks);
+    for (int i = threadIdx.x; i < wanted * kLines; i += kThreads) {
+      const unsigned char* line =
+          view.At(first + static_cast<uint32_t>(begin + i / kLines)) + i % kLines * kLine;
+      asm volatile("prefetch.global.L2 [%0];" ::"l"(line));
+    }
+    left = max(0, left - count);
+  };
+  for (int what = 0; what < 2; ++what) {
+    for (int k = 0; k < pair.part_count && left > 0; ++k) {
+      const DeviceIndexPart& part = pair.parts[k];
+      rows(what == 0 ? part.centroids : part.value_means,
+           static_cast<uint32_t>(pair.kv_head) * static_cast<uint32_t>(part.clusters),
+           part.clusters);
+    }
+  }
+#endif
+}
+
+// Waits for the pair's queries and leaves them as floats in own.queries. False: the kernel is to
+// end.
+__device__ bool AwaitQueries(const ServePlan& plan, const Ticket& ticket, Own& own) {
+  const ServeParams& p = plan.params;
+  const ResidentShape& s = p.shape;
+  const uint4* lines = plan.windows.Queries(p.requests, ticket.pair);
+  const uint64_t since = DeviceNanoseconds();
+  bool came = true;
+  for (int i = threadIdx.x; came && i < plan.windows.query_lines; i += kThreads) {
+    uint32_t word[2] = {0, 0};
+    came = Poll([&] { return LoadLine(lines + i, ticket.flag, &word[0], &word[1]); },
+                [&] {
+                  if (LoadVolatile(&p.control->stop) != 0) return true;
+                  if (p.idle_ns == 0 || DeviceNanoseconds() - since < p.idle_ns) return false;
+                  p.control->given_up = 1;
+                  return true;
+                });
+    for (int j = 0; j < 2; ++j) {
+      if (s.query_type == ElementType::kFloat32) {
+        own.queries[2 * i + j] = __uint_as_float(word[j]);
+      } else {
+        own.queries[4 * i + 2 * j] = BFloat16BitsToFloat(static_cast<uint16_t>(word[j]));
+        own.queries[4 * i + 2 * j + 1] = BFloat16BitsToFloat(static_cast<uint16_t>(word[j] >> 16));
+      }
+    }
+  }
+  return __syncthreads_count(came) == kThreads;
+}
+
+// What becomes of an answer (PairAnswer::Answer).
+struct Sender {
+  const ServePlan& plan;
+  const Ticket& ticket;
+  const SelectCudaPair& pair;
+  resident::DirectoryEntry before;  // the thread's entry of the directory
+  Own& own;
+
+  __device__ int64_t Row() const {
+    return int64_t{ticket.layer} * plan.params.shape.pairs + ticket.pair;
+  }
+
+  // Resolves the directory, sends the records that the hot cache lacks and the slots of all: of
+  // those that it has at once, of the others when their records are there.
+  __device__ void Exact(PairAnswer<kThreads>& answer) const {
+    const ServeParams& p = plan.params;
+    const ResidentShape& s = p.shape;
+    const int lane = threadIdx.x % kWarp, warp = threadIdx.x / kWarp;
+    const int i = static_cast<int>(threadIdx.x);
+    const int count = min(answer.ExactCount(), s.max_exact);
+    if (i < count) {
+      int slot;
+      const DeviceIndexPart& part = answer.ExactToken(i, &slot);
+      const uint32_t element =
+          static_cast<uint32_t>(pair.kv_head) * static_cast<uint32_t>(part.tokens) +
+          static_cast<uint32_t>(slot);
+      own.records[i] = part.records.At(element);
+      own.positions[i] = *part.positions.As<int32_t>(element);
+    }
+    __syncthreads();
+    resident::DirectoryEntry* directory =
+        static_cast<resident::DirectoryEntry*>(p.directory) + Row() * s.slots;
+    const int missing =
+        Resolve<kThreads>(before, s.slots, own.positions, count, directory, own.directory);
+    uint2* entries = static_cast<uint2*>(p.replies) + int64_t{ticket.pair} * s.max_exact;
+    if (i < s.max_exact && !own.directory.missed[i]) {
+      StoreEntry(entries + i, i < count ? static_cast<uint32_t>(own.directory.slots[i]) : ~0u,
+                 ticket.flag);
+    }
+    unsigned char* cache = static_cast<unsigned char*>(p.hot_cache) +
+                           Row() * s.slots * static_cast<int64_t>(plan.record_bytes);
+    if (warp >= missing) return;
+    const int pieces = plan.record_bytes / 8;
+    for (int m = warp; m < missing; m += kWarps) {
+      const int token = own.directory.missing[m];
+      const uint2* from = reinterpret_cast<const uint2*>(own.records[token]);
+      uint2* to = reinterpret_cast<uint2*>(
+          cache + static_cast<int64_t>(own.directory.slots[token]) * plan.record_bytes);
+      for (int j = lane; j < pieces; j += kWarp) to[j] = from[j];
+    }
+    __threadfence_system();
+    __syncwarp();
+    for (int m = warp + lane * kWarps; m < missing; m += kThreads) {
+      const int token = own.directory.missing[m];
+      StoreEntry(entries + token, static_cast<uint32_t>(own.directory.slots[token]), ticket.flag);
+    }
+    if (threadIdx.x == 0) {
+      atomicAdd(reinterpret_cast<unsigned long long*>(&p.control->pushed),
+                static_cast<unsigned long long>(missing));
+    }
+  }
+
+  __device__ void Selection(PairAnswer<kThreads>& answer) const {
+    const ServeParams& p = plan.params;
+    const int count = min(answer.ExactCount(), p.shape.max_exact);
+    if (p.positions != nullptr) {
+      for (int i = threadIdx.x; i < count; i += kThreads) {
+        p.positions[Row() * p.shape.max_exact + i] = own.positions[i];
+      }
+    }
+    if (threadIdx.x != 0) return;
+    if (p.exact_count != nullptr) p.exact_count[Row()] = count;
+    atomicAdd(reinterpret_cast<unsigned long long*>(&p.control->served), 1ull);
+  }
+
+  // Two numbers per line; a block's share is even.
+  __device__ void State(PairAnswer<kThreads>& answer, bool any) const {
+    const int numbers = plan.params.shape.group * kAnswerDim, share = answer.StateShare();
+    const int first = answer.rank() * share;
+    uint4* lines = plan.windows.State(plan.params.replies, ticket.pair);
+    const int i = 2 * static_cast<int>(threadIdx.x);
+    if (i < share && first + i < numbers) {
+      StoreLine(lines + (first + i) / 2, __float_as_uint(answer.StateNumber(i, any)),
+                __float_as_uint(answer.StateNumber(i + 1, any)), ticket.flag);
+    }
+    // Log-sum-exps, by a warp that has no numbers where there is one.
+    const int head = 2 * (kThreads - 1 - static_cast<int>(threadIdx.x));
+    if (answer.rank() == 0 && head < plan.params.shape.group) {
+      const bool both = head + 1 < plan.params.shape.group;
+      StoreLine(lines + (numbers + head) / 2, __float_as_uint(answer.StateLse(head, any)),
+                both ? __float_as_uint(answer.StateLse(head + 1, any)) : 0u, ticket.flag);
+    }
+  }
+};
+
+__global__ void __launch_bounds__(kThreads, 1) ServeKernel(const __grid_constant__ ServePlan plan) {
+  const ServeParams& p = plan.params;
+  Own& own = *reinterpret_cast<Own*>(SharedMemory() + plan.own_offset);
+  const int blocks = plan.answer.blocks;
+  const int cluster = static_cast<int>(blockIdx.x) / blocks;
+  const int rank = static_cast<int>(blockIdx.x) % blocks;
+  for (;;) {
+    const Ticket ticket = TakeTicket(plan, cluster, rank, own);
+    if (p.rounds > 0 && ticket.round >= p.rounds) return;
+    const int64_t row = int64_t{ticket.layer} * p.shape.pairs + ticket.pair;
+    const SelectCudaPair& pair = p.pairs[row];
+    PairAnswer<kThreads> answer(plan.answer, SharedMemory(), rank);
+    answer.Begin(pair);
+    Prefetch(plan, pair, rank);
+    if (!AwaitQueries(plan, ticket, own)) return;
+    resident::DirectoryEntry before = {-1, -1};
+    if (rank == blocks - 1 && static_cast<int>(threadIdx.x) < p.shape.slots) {
+      before = static_cast<const resident::DirectoryEntry*>(
+          p.directory)[row * p.shape.slots + threadIdx.x];
+    }
+    answer.Answer(own.queries, Sender{plan, ticket, pair, before, own});
+  }
+}
+
+__global__ void ForgetKernel(resident::DirectoryEntry* directory, int pairs, int slots, int first,
+                             int count) {
+  const int layer = static_cast<int>(blockIdx.x) / count;
+  const int pair = first + static_cast<int>(blockIdx.x) % count;
+  resident::DirectoryEntry* entries = directory + (int64_t{layer} * pairs + pair) * slots;
+  for (int i = threadIdx.x; i < slots; i += blockDim.x) entries[i] = {-1, i};
+}
+
+// Clusters that the device can run at once: what is launched beyond them would only start when
+// others end.
+int ServeClusters(int blocks) {
+  static KnownClusters known;
+  return ResidentClusters(ReadLimits(), reinterpret_cast<const void*>(&ServeKernel), kThreads,
+                          blocks, known);
+}
+
+bool MakeServePlan(const ServeParams& p, ServePlan* plan) {
+  const ResidentShape& s = p.shape;
+  const int blocks = p.select.blocks_per_pair;
+  if (!resident::ValidShape(s) || s.query_type == ElementType::kFloat16 ||
+      p.select.group != s.group || p.select.head_dim != s.head_dim || blocks < 1 || blocks > 16 ||
+      p.blocks < blocks || ExactCapacity(p.select) > s.max_exact || p.first_round < 1) {
+    return false;
+  }
+  constexpr int64_t kOwnBytes = (sizeof(Own) + 15) / 16 * 16;
+  if (!MakeAnswerPlan(p.select, blocks, ReadLimits().shared_bytes - kOwnBytes, &plan->answer)) {
+    return false;
+  }
+  plan->params = p;
+  plan->windows = resident::MakeWindowLayout(s);
+  plan->record_bytes = resident::RecordBytes(s);
+  plan->own_offset = (plan->answer.shared_bytes + 15) / 16 * 16;
+  plan->clusters = min(min(p.blocks / blocks, s.layers * s.pairs), ServeClusters(blocks));
+  return plan->clusters > 0;
+}
+
+}  // namespace
+
+int64_t DirectoryBytes(const ResidentShape& shape) {
+  return resident::RoundUp(int64_t{shape.layers} * shape.pairs * shape.slots *
+                           static_cast<int64_t>(sizeof(resident::DirectoryEntry)));
+}
+
+int64_t ServeWorkspaceBytes(const ServeParams& params, int32_t* pairs_at_once) {
+  ServePlan plan = {};
+  const bool valid = MakeServePlan(params, &plan);
+  if (pairs_at_once != nullptr) *pairs_at_once = valid ? plan.clusters : 0;
+  return valid ? resident::RoundUp(int64_t{plan.clusters} * 8) : 0;
+}
+
+cudaError_t LaunchServe(const ServeParams& params, cudaStream_t stream) {
+  ServePlan plan = {};
+  if (!MakeServePlan(params, &plan)) return cudaErrorInvalidValue;
+  CKV_RETURN_IF_CUDA_ERROR(
+      cudaMemsetAsync(&params.control->tickets, 0, sizeof(params.control->tickets), stream));
+  return cuda::Launch(ServeKernel, dim3(static_cast<unsigned>(plan.clusters * plan.answer.blocks)),
+                      dim3(kThreads), static_cast<size_t>(plan.own_offset) + sizeof(Own),
+                      plan.answer.blocks, stream, plan);
+}
+
+cudaError_t LaunchForget(const ResidentShape& shape, void* directory, int32_t first, int32_t count,
+                         cudaStream_t stream) {
+  if (!resident::ValidShape(shape) || first < 0 || count < 0 || first > shape.pairs - count) {
+    return cudaErrorInvalidValue;
+  }
+  return cuda::Launch(ForgetKernel, dim3(shape.layers * count), dim3(128), 0, 1, stream,
+                      static_cast<resident::DirectoryEntry*>(directory), shape.pairs, shape.slots,
+                      first, count);
+}
+
+}  // namespace clusterkv::kernels
