@@ -58,10 +58,12 @@ COMPOSED = {
     "Selection": [
         ("Time of a select", "s",
          [(f"p{q * 100:g} {{{{pod}}}}",
-           quantile(q, "clusterkv_stage_seconds", "pod", 'stage="select", ')) for q in (0.5, 0.99)]),
+           quantile(q, "clusterkv_stage_seconds", "pod", 'stage="select", '))
+          for q in (0.5, 0.99)]),
         ("Wait for a thread", "s",
          [(f"p{q * 100:g} {{{{pod}}}}",
-           quantile(q, "clusterkv_stage_seconds", "pod", 'stage="queue", ')) for q in (0.5, 0.99)]),
+           quantile(q, "clusterkv_stage_seconds", "pod", 'stage="queue", '))
+          for q in (0.5, 0.99)]),
     ],
     "Recall": [
         ("Hot cache hit rate", "percentunit",

@@ -63,6 +63,7 @@ absl::StatusOr<std::vector<Seed>> Resolve(const std::string& text) {
   // A name of one address stays as it was written: it is the shard's name where no other is known.
   if (addresses.size() == 1) return std::vector<Seed>{{text, text, ""}};
   std::vector<Seed> seeds;
+  seeds.reserve(addresses.size());
   for (const std::string& address : addresses) seeds.push_back({address, address, host});
   return seeds;
 }
@@ -173,7 +174,7 @@ absl::StatusOr<Client*> Shards::Impl::ClientOf(const v1::Shard& shard) {
 }
 
 absl::StatusOr<Client*> Shards::Impl::ReaderOf(const v1::Shard& shard) {
-  const absl::StatusOr<Client*> client = ClientOf(shard);
+  absl::StatusOr<Client*> client = ClientOf(shard);
   if (client.ok() || ReasonOf(client.status()) != v1::DRAINING) return client;
   return ClientOf(shard, /*session=*/false, &readers);
 }

@@ -7,7 +7,7 @@ The cluster is KUBECONFIG's. --bin has ckv and clusterkv-server (default: build/
 --ghz_image: of ghz alone, to run it in a pod; without it that check is left out.
 --containerd: the node's, to kill a server as the kernel would; without it that check is left out.
 Where there is no ghz or prometheus their checks are left out, and told. --keep: no uninstall.
---mutual: the same with mutual TLS and two tenants (ci/mtls-values.yaml) and certificates of its own.
+--mutual: the same with mutual TLS and tenants (ci/mtls-values.yaml), with certificates of its own.
 """
 
 import argparse
@@ -194,8 +194,8 @@ class Cluster:
         data = "{}" if call == "GetServerInfo" else (self.folder / "select.json").read_text()
         reports, out = [], self.folder / f"load-{time.monotonic()}.json"
         process = subprocess.Popen(
-            [self.options.ghz, *self.ghz_tls(), "-O", "json", "-o", out, "-c", "4", "--connections=2",
-             f"--rps={rps}", f"--duration={seconds}s", "--duration-stop=wait", "--count-errors",
+            [self.options.ghz, *self.ghz_tls(), "-O", "json", "-o", out, "-c", "4",
+             "--connections=2", f"--rps={rps}", f"--duration={seconds}s", "--duration-stop=wait", "--count-errors",
              f"--call=clusterkv.v1.CacheService/{call}", "-d", data,
              address], stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
         try:
@@ -341,7 +341,7 @@ class Cluster:
         return json.loads(out.read_text())["layers"]
 
     def replay(self):
-        """ckv replay through the headless service: the same bits as from a server on this machine"""
+        """ckv replay through the headless service: the same bits as from a server here"""
         remote = self.replay_json("--servers=" + service_address("-headless"),
                                   self.certificates.ckv() if self.certificates else [])
         local = subprocess.Popen(
@@ -528,9 +528,12 @@ def main():
     cluster = Cluster(options)
     without_ghz = {"ghz_everywhere", "kill", "restart", "prometheus"} if not options.ghz else set()
     without_ghz |= set() if options.ghz and options.ghz_image else {"ghz_pod"}
-    left_out = without_ghz | (set() if options.mutual else {"tenants"}) | (set() if options.containerd else {"kill"}) | (
-        set() if shutil.which("prometheus") else {"prometheus"}) | (
-        {"uninstall"} if options.keep else set())
+    left_out = set(without_ghz)
+    for name, there in (("tenants", options.mutual), ("kill", options.containerd),
+                        ("prometheus", shutil.which("prometheus")),
+                        ("uninstall", not options.keep)):
+        if not there:
+            left_out.add(name)
     failed = 0
     for name in ("manifests", "install", "names", "helm_test", "image", "seed", "ghz_everywhere",
                  "ghz_pod", "replay", "shards", "tenants", "kill", "restart", "scale",

@@ -61,8 +61,8 @@ def check(ckv, folder, data, metrics):
         rules = prometheus.get("rules")["groups"][0]["rules"]
         bad = [rule["name"] for rule in rules if rule["health"] != "ok"]
         assert not bad, f"alerts that are not evaluated: {bad}"
-        print(f"{panels} expressions of panels have data, {len(rules)} alerts are evaluated; firing: "
-              f"{sorted(prometheus.firing())}")
+        print(f"{panels} expressions of panels have data, {len(rules)} alerts are evaluated; "
+              f"firing: {sorted(prometheus.firing())}")
 
 
 def main():
