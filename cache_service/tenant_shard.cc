@@ -340,7 +340,7 @@ absl::Status TenantShard::Clean(absl::Status status) const {
     default:
       break;
   }
-  return ErrorFromParts(status.code(), reason, message, std::move(metadata));
+  return ErrorFromParts(status.code(), reason, message, metadata);
 }
 
 Notice TenantShard::Shown(const Notice& raw) const {

@@ -69,8 +69,8 @@ absl::Status FromRpcStatus(const google::rpc::Status& rpc) {
     google::rpc::ErrorInfo info;
     v1::ErrorReason reason;
     if (detail.UnpackTo(&info) && v1::ErrorReason_Parse(info.reason(), &reason)) {
-      ErrorMetadata metadata(info.metadata().begin(), info.metadata().end());
-      return ErrorFromParts(code, reason, rpc.message(), std::move(metadata));
+      const ErrorMetadata metadata(info.metadata().begin(), info.metadata().end());
+      return ErrorFromParts(code, reason, rpc.message(), metadata);
     }
   }
   return absl::Status(code, absl::string_view(rpc.message().data(), rpc.message().size()));

@@ -195,7 +195,7 @@ absl::StatusOr<std::vector<v1::Sequence>> Client::ListSequences(const std::strin
 absl::Status Client::ReleaseSequence(const v1::SequenceHandle& sequence) {
   v1::ReleaseSequenceRequest request;
   *request.mutable_sequence() = sequence;
-  const absl::Status status =
+  absl::Status status =
       impl_->Call(&v1::CacheService::StubInterface::ReleaseSequence, request, call_timeout())
           .status();
   // It is not here, whoever would own it.

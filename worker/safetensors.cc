@@ -101,6 +101,7 @@ absl::StatusOr<TensorInfo> ParseTensor(const std::string& name, const Json& obje
 absl::Status CheckCoverage(const std::map<std::string, TensorInfo>& tensors, int64_t data_begin,
                            int64_t file_bytes) {
   std::vector<std::pair<int64_t, const std::string*>> order;
+  order.reserve(tensors.size());
   for (const auto& [name, info] : tensors) order.emplace_back(info.begin, &name);
   std::sort(order.begin(), order.end(), [&](const auto& a, const auto& b) {
     return std::pair(a.first, tensors.at(*a.second).end) <

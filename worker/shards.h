@@ -1,9 +1,8 @@
 // All shards of a service as one: a sequence is opened on the shard that owns its name, and found
 // where it is.
 //
-//   seeds ─▶ GetServerInfo of one that answers ─▶ names and addresses of all shards ─▶ a Client
-//   each,
-//                                                                    made when it is first needed
+//   seeds ─▶ GetServerInfo of one that answers ─▶ names and addresses of all shards
+//                ─▶ a Client each, made when it is first needed
 //
 // Placement is proto/placement.h's. What a caller opened or found it uses through the shard's own
 // Client (PrefillWriter, DecodeSession), which lives as long as this object. Thread-safe.

@@ -133,6 +133,7 @@ class Selector {
     std::stable_sort(keyed.begin(), keyed.end(),
                      [](const auto& a, const auto& b) { return a.first > b.first; });
     std::vector<const Cluster*> ranked;
+    ranked.reserve(keyed.size());
     for (const auto& [unused, cluster] : keyed) ranked.push_back(cluster);
     return ranked;
   }
@@ -253,6 +254,7 @@ class Selector {
       return (*tokens)[a.second].position < (*tokens)[b.second].position;
     });
     std::vector<Token> sorted;
+    sorted.reserve(keyed.size());
     for (const auto& [unused, i] : keyed) sorted.push_back((*tokens)[i]);
     *tokens = std::move(sorted);
     return count;
@@ -288,6 +290,7 @@ class Selector {
     }
     for (int64_t g = 0; g < group_; ++g) {
       std::vector<double> logits;
+      logits.reserve(coded.size() + estimated.size());
       for (const Token& token : coded) logits.push_back(token.logits[g]);
       for (const Cluster* cluster : estimated) {
         logits.push_back(cluster->logits[g] + std::log(static_cast<double>(cluster->size())));

@@ -79,6 +79,7 @@ LoadResult RunLoad(const LoadOptions& options, const std::vector<LoadCall>& call
   std::atomic<int64_t> running{static_cast<int64_t>(calls.size())};
   const absl::Time start = absl::Now();
   std::vector<std::thread> threads;
+  threads.reserve(calls.size());
   for (const LoadCall& call : calls) {
     threads.emplace_back([&, &call = call] {
       const LoadResult own = RunThread(options, call, start, &next);
@@ -119,7 +120,7 @@ std::string LoadSummary(const LoadResult& result) {
     for (int64_t k = 0; k < std::llround(40.0 * bars.counts[i] / most); ++k) bar += "∎";
     std::string row = line;
     row.append(row.size() < 26 ? 26 - row.size() : 1, ' ');
-    text += row + "|" + bar + "\n";
+    text.append(row).append("|").append(bar).append("\n");
   }
   text += "\nLatency distribution:\n";
   for (const double percentage : kPercentages) {
