@@ -66,7 +66,8 @@ class Report:
                 most = max(most, self.slack[column])
                 verdicts.append(fewer(f"{name}: {column}", abs(row[column] - twin[column]), most))
             for column in ("err_task", "err_text"):
-                verdicts.append(fewer(f"{name}: {column}, relative", abs(row[column] / twin[column] - 1), .05))
+                verdicts.append(fewer(f"{name}: {column}", abs(row[column] - twin[column]),
+                                      max(.05 * twin[column], .002)))
         return verdicts
 
     def default_beside_others(self) -> list[Verdict]:
@@ -78,10 +79,10 @@ class Report:
                 verdicts.append(fewer(f"default@64 no worse than clusterkv@1024: {column}",
                                       way * (ours[column] - published[column]), self.slack[column]))
             for column in ("err_task", "err_text"):
-                verdicts.append(fewer(f"default@64 over clusterkv@1024: {column}",
-                                      ours[column] / published[column], .5 if self.few else 1))
+                verdicts.append(fewer(f"default@64 beside clusterkv@1024: {column}", ours[column],
+                                      (.5 if self.few else 1) * published[column]))
             received = [row["recalled_bytes_per_step"] + row["state_bytes_per_step"] for row in (ours, published)]
-            verdicts.append(fewer("default@64 over clusterkv@1024: bytes", received[0] / received[1], .05))
+            verdicts.append(fewer("default@64 beside clusterkv@1024: bytes", received[0], .05 * received[1]))
         for w, limits in ((None, {"needle": .04, "copy": .02, "nll": .005}),
                           (4096, {"needle": .01, "copy": .01, "nll": .003})):
             row = self.row("default", 64, "raw", w)

@@ -50,8 +50,8 @@ class DemandsTest(unittest.TestCase):
                 (DEFAULT, {"needle": .95}, "default@64 as its oracle: needle"),
                 (DEFAULT, {"nll": 3.02}, "default@64 no worse than clusterkv@1024: nll"),
                 (DEFAULT, {"copy": .92}, "default@64, W = 2048, from full attention: copy"),
-                (DEFAULT, {"err_task": .31}, "default@64 over clusterkv@1024: err_task"),
-                (DEFAULT, {"recalled_bytes_per_step": 25e3}, "default@64 over clusterkv@1024: bytes"),
+                (DEFAULT, {"err_task": .31}, "default@64 beside clusterkv@1024: err_task"),
+                (DEFAULT, {"recalled_bytes_per_step": 25e3}, "default@64 beside clusterkv@1024: bytes"),
                 (WIDE, {"copy": .93}, "default@64, W = 4096, from full attention: copy"),
                 (CLUSTERKV, {"oracle_agreement_worst_layer": .998},
                  "clusterkv@1024 raw w=None None: not the oracle's tokens, worst layer"),
@@ -67,8 +67,8 @@ class DemandsTest(unittest.TestCase):
     def test_few_sequences_have_slack_but_must_halve_the_error(self):
         report = {**changed(DEFAULT, needle=1 - 1 / 12, err_task=.16, err_text=.02), "sequences": 1}
         self.assertEqual(failures(report, few=True), [
-            "default@64 as its oracle: err_task, relative", "default@64 as its oracle: err_text, relative",
-            "default@64 over clusterkv@1024: err_task",
+            "default@64 as its oracle: err_task", "default@64 as its oracle: err_text",
+            "default@64 beside clusterkv@1024: err_task",
             "default@64 k8v4 w=2048 2:32: err_task from raw's",
             "default@64 k8v4 w=2048 2:32: err_text from raw's"])
 
