@@ -132,8 +132,8 @@ absl::Status ParseSelect(const RpcContext& rpc, const v1::SelectClustersRequest&
   return absl::OkStatus();
 }
 
-absl::Status ParseSelectAndRecall(const RpcContext& rpc, const v1::SelectAndRecallRequest& request,
-                                  ParsedSelect* parsed) {
+absl::Status ParseSelect(const RpcContext& rpc, const v1::SelectAndRecallRequest& request,
+                         ParsedSelect* parsed) {
   parsed->statuses.clear();
   parsed->calls.clear();
   parsed->shorthand = false;

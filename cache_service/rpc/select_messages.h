@@ -44,8 +44,8 @@ struct ParsedSelect {
 // (state_type).
 absl::Status ParseSelect(const RpcContext& rpc, const v1::SelectClustersRequest& request,
                          ParsedSelect* parsed);
-absl::Status ParseSelectAndRecall(const RpcContext& rpc, const v1::SelectAndRecallRequest& request,
-                                  ParsedSelect* parsed);
+absl::Status ParseSelect(const RpcContext& rpc, const v1::SelectAndRecallRequest& request,
+                         ParsedSelect* parsed);
 
 // The selection part of an answer: results in the order of the request's items. Counts items'
 // errors and the bytes of states.

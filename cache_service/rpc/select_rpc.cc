@@ -21,11 +21,11 @@ void AdmitParsed(const Caller& caller, ParsedSelect* parsed) {
   parsed->calls.clear();
 }
 
-// One request of StreamSelect and its answer.
-class SelectExchange {
+// A request's selects, run together: what every exchange of the decode path begins with.
+template <typename RequestType>
+class SelectsOf {
  public:
-  using Request = v1::SelectClustersRequest;
-  using Response = v1::SelectClustersResponse;
+  using Request = RequestType;
   Request request;
 
   absl::Status Begin(const RpcContext& rpc, const Caller& caller, CallContext context,
@@ -47,6 +47,17 @@ class SelectExchange {
     return absl::OkStatus();
   }
 
+ protected:
+  const RpcContext* rpc_ = nullptr;
+  ParsedSelect parsed_;
+  SelectBatchAnswer answer_;
+};
+
+// One request of StreamSelect and its answer.
+class SelectExchange : public SelectsOf<v1::SelectClustersRequest> {
+ public:
+  using Response = v1::SelectClustersResponse;
+
   bool Next(Response* response) {
     EncodeSelection(*rpc_, Method::kStreamSelect, parsed_, answer_, response);
     response->set_request_id(request.request_id());
@@ -54,42 +65,14 @@ class SelectExchange {
   }
 
   void Clear() { answer_ = {}; }
-
- private:
-  const RpcContext* rpc_ = nullptr;
-  ParsedSelect parsed_;
-  SelectBatchAnswer answer_;
 };
 
 // One request of SelectAndRecall, unary or on a stream, and its answer: the selection and as many
 // records as fit into the first message, the rest in the next ones.
 template <Method kMethod>
-class RecallExchange {
+class RecallExchange : public SelectsOf<v1::SelectAndRecallRequest> {
  public:
-  using Request = v1::SelectAndRecallRequest;
   using Response = v1::SelectAndRecallResponse;
-  Request request;
-
-  absl::Status Begin(const RpcContext& rpc, const Caller& caller, CallContext context,
-                     bool inline_ok, std::function<void()> ready) {
-    rpc_ = &rpc;
-    if (absl::Status status = ParseSelectAndRecall(rpc, request, &parsed_); !status.ok()) {
-      return status;
-    }
-    AdmitParsed(caller, &parsed_);
-    if (parsed_.calls.empty()) {
-      ready();
-      return absl::OkStatus();
-    }
-    const bool single = parsed_.calls.size() == 1;
-    std::vector<SelectCall> calls = std::move(parsed_.calls);
-    caller.shard->Select(std::move(calls), context, inline_ok && single,
-                         [this, ready = std::move(ready)](SelectBatchAnswer answer) {
-                           answer_ = std::move(answer);
-                           ready();
-                         });
-    return absl::OkStatus();
-  }
 
   bool Next(Response* response) {
     const absl::Time start = absl::Now();
@@ -121,9 +104,6 @@ class RecallExchange {
   }
 
  private:
-  const RpcContext* rpc_ = nullptr;
-  ParsedSelect parsed_;
-  SelectBatchAnswer answer_;
   RecordPacker packer_;
   bool first_ = true;
   absl::Duration packing_ = absl::ZeroDuration();

@@ -105,7 +105,7 @@ void RunSelectAndRecall(FuzzShard& fuzz, uint64_t attachment, FuzzedDataProvider
   item->set_reset_residency(data.ConsumeBool());
   FillVector(data, item->mutable_queries());
   ParsedSelect parsed;
-  const absl::Status status = ParseSelectAndRecall(fuzz.rpc(), request, &parsed);
+  const absl::Status status = ParseSelect(fuzz.rpc(), request, &parsed);
   FuzzShard::CheckError(status);
   if (!status.ok()) return;
   const SelectBatchAnswer answer = Answer(fuzz.shard(), parsed);

@@ -15,17 +15,10 @@
 #include "kernels/base/cuda_util.cuh"
 #include "kernels/index/index_cuda.h"
 #include "kernels/resident/resident_cuda.h"
+#include "tests/gpu/bench/bench_ok.h"
 
 namespace clusterkv::kernels {
 namespace {
-
-#define BENCH_OK(expr)                                                          \
-  do {                                                                          \
-    if (const cudaError_t bench_error = (expr); bench_error != cudaSuccess) {   \
-      std::fprintf(stderr, "%s: %s\n", #expr, cudaGetErrorString(bench_error)); \
-      std::abort();                                                             \
-    }                                                                           \
-  } while (false)
 
 constexpr int kDim = 128, kHeads = 8, kGroup = 4, kSinks = 16;
 constexpr int64_t kPageBytes = 1 << 16;

@@ -8,8 +8,6 @@
 
 #include <algorithm>
 #include <cstdint>
-#include <cstdio>
-#include <cstdlib>
 #include <numeric>
 #include <random>
 #include <vector>
@@ -19,17 +17,10 @@
 #include "kernels/index/index_cuda.h"
 #include "kernels/kmeans/kmeans_cuda.h"
 #include "kernels/select/select_cuda.h"
+#include "tests/gpu/bench/bench_ok.h"
 
 namespace clusterkv::kernels {
 namespace {
-
-#define BENCH_OK(expr)                                                          \
-  do {                                                                          \
-    if (const cudaError_t bench_error = (expr); bench_error != cudaSuccess) {   \
-      std::fprintf(stderr, "%s: %s\n", #expr, cudaGetErrorString(bench_error)); \
-      std::abort();                                                             \
-    }                                                                           \
-  } while (false)
 
 std::mt19937_64 generator(11);
 constexpr int64_t kPageBytes = 1 << 16;
