@@ -291,12 +291,4 @@ int64_t Attachments::of_sessions() const {
                        [](const auto& entry) { return entry.second->session_id != 0; });
 }
 
-int64_t Attachments::links() const {
-  absl::MutexLock lock(&mutex_);
-  return std::count_if(attachments_.begin(), attachments_.end(), [](const auto& entry) {
-    const std::shared_ptr<RecordLink> link = entry.second->CurrentLink().link;
-    return link != nullptr && link->ready();
-  });
-}
-
 }  // namespace clusterkv::cache_service

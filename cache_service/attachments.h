@@ -133,7 +133,6 @@ class Attachments {
   void Clear();
   int64_t size() const;
   int64_t of_sessions() const;           // those that end with a session
-  int64_t links() const;                 // that stand: set up, and not failed
   int64_t by_link(v1::Link link) const;  // those whose records travel by it now
 
  private:

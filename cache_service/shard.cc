@@ -475,7 +475,6 @@ v1::Stats ShardImpl::GetStats() {
   stats.set_reserved_pages(static_cast<uint64_t>(ledger.reserved));
   stats.set_sequences(static_cast<uint32_t>(store_.size()));
   stats.set_attachments(static_cast<uint32_t>(attachments_.size()));
-  stats.set_links(static_cast<uint32_t>(attachments_.links()));
   stats.set_sessions(static_cast<uint32_t>(sessions_.size()));
   stats.set_queued_selects(static_cast<uint32_t>(executors_->queued_selects.load()));
   stats.set_queued_builds(static_cast<uint32_t>(executors_->queued_builds.load()));
@@ -484,6 +483,7 @@ v1::Stats ShardImpl::GetStats() {
   for (const v1::Link link : {v1::LINK_GRPC, v1::LINK_PEER, v1::LINK_NCCL}) {
     const auto count = static_cast<uint32_t>(attachments_.by_link(link));
     (*stats.mutable_attachments_by_link())[LinkName(link)] = count;
+    if (link != v1::LINK_GRPC) stats.set_links(stats.links() + count);
   }
   const bool failed = device_ != nullptr && !device_->healthy();
   stats.set_device(device_name() + (failed ? " failed" : ""));

@@ -8,6 +8,7 @@
 #include <vector>
 
 #include "kernels/index/index_view_cuda.h"
+#include "kernels/select/select_cuda.h"
 #include "tests/gpu/case_file.h"
 #include "tests/gpu/gpu_test.h"
 
@@ -53,6 +54,26 @@ struct IndexOnDevice {
     parts = std::make_unique<DeviceArray<kernels::DeviceIndexPart>>(host_parts);
   }
 };
+
+// What a select of such a case is asked with.
+inline kernels::SelectCudaParams SelectParamsOf(const CaseFile& file, const IndexOnDevice& index) {
+  const auto shape = file.Get<int64_t>("shape");
+  const auto given = file.Get<int64_t>("params");
+  kernels::SelectCudaParams params;
+  params.group = static_cast<int32_t>(shape[1]);
+  params.head_dim = static_cast<int32_t>(shape[2]);
+  params.element_type = static_cast<kernels::ElementType>(shape[3]);
+  params.scale = file.Value<float>("scale");
+  params.code_bits = static_cast<int32_t>(shape[5]);
+  params.group_channels = static_cast<int32_t>(shape[6]);
+  params.budget_tokens = static_cast<int32_t>(given[0]);
+  params.scored_tokens = static_cast<int32_t>(given[1]);
+  params.answer_scored = given[2] != 0;
+  params.estimated_fraction = file.Value<float>("fraction");
+  params.max_clusters = index.clusters;
+  params.max_sinks = static_cast<int32_t>(shape[4]);
+  return params;
+}
 
 }  // namespace clusterkv::gpu_test
 

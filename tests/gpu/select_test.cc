@@ -33,21 +33,8 @@ class SelectCase {
       : name_(name),
         file_(CaseFile::Read(Registry::Get().cases + "/select_" + name + ".case")),
         shape_(file_.Get<int64_t>("shape")),
-        index_(file_, static_cast<int>(shape_[7])) {
-    const auto params = file_.Get<int64_t>("params");
-    params_.group = static_cast<int32_t>(shape_[1]);
-    params_.head_dim = static_cast<int32_t>(shape_[2]);
-    params_.element_type = static_cast<kernels::ElementType>(shape_[3]);
-    params_.scale = file_.Value<float>("scale");
-    params_.code_bits = static_cast<int32_t>(shape_[5]);
-    params_.group_channels = static_cast<int32_t>(shape_[6]);
-    params_.budget_tokens = static_cast<int32_t>(params[0]);
-    params_.scored_tokens = static_cast<int32_t>(params[1]);
-    params_.answer_scored = params[2] != 0;
-    params_.estimated_fraction = file_.Value<float>("fraction");
-    params_.max_clusters = index_.clusters;
-    params_.max_sinks = static_cast<int32_t>(shape_[4]);
-  }
+        index_(file_, static_cast<int>(shape_[7])),
+        params_(SelectParamsOf(file_, index_)) {}
 
   // Of the shape that has a kernel of its own.
   bool Usual() const {
