@@ -84,6 +84,7 @@ TEST_F(ShardAppendTest, SelectAfterAnAppendSeesTheClusteredWindow) {
   EXPECT_EQ(answer.heads[0].parts.back(), 1);
   EXPECT_EQ(Get().layers(0).clusters(), clusters + kWindow / 16);
   EXPECT_EQ(Get().layers(0).window_begin(), kPrompt + kWindow + 0u);
+  shard_.WaitIdle();  // a select waits for its own layer; the other may still be clustered
   EXPECT_EQ(Get().state(), v1::SEQUENCE_STATE_READY);
 }
 
