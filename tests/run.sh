@@ -45,6 +45,7 @@ install_packages $packages
 
 run_tests() {
   local fixed=()
+  rm -f "build/$1/ctest.xml"
   # The sanitizers' maps of memory do not fit all random layouts of newer kernels.
   case $1 in
     asan | tsan) if setarch -R true 2>/dev/null; then fixed=(setarch -R); fi ;;
@@ -91,6 +92,9 @@ if [ -z "$quick" ]; then
 fi
 steps_table
 if [ ${#failed[@]} -gt 0 ]; then
+  for name in "${presets[@]}"; do
+    [ ! -e "build/$name/ctest.xml" ] || tests/failures.py "build/$name/ctest.xml" >&2
+  done
   echo "FAILED: ${failed[*]} (of ${presets[*]}), after $(steps_time $SECONDS)" >&2
   exit 1
 fi
