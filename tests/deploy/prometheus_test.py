@@ -17,12 +17,16 @@ import chart_test
 import local_prometheus
 
 NAMESPACE, POD = "kv", "test-clusterkv-0"
+RESERVED = []  # sockets
 
 
 def free_port():
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return probe.getsockname()[1]
+    """A port that nobody else gets while this process lives, but for a server that listens on it."""
+    reserved = socket.socket()
+    reserved.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+    reserved.bind(("127.0.0.1", 0))
+    RESERVED.append(reserved)
+    return reserved.getsockname()[1]
 
 
 def load(ckv, data):

@@ -21,6 +21,7 @@
 #include "absl/time/clock.h"
 #include "clusterkv/v1/admin_service.grpc.pb.h"
 #include "proto/error.h"
+#include "tests/free_port.h"
 #include "tests/integration/kill_job.h"
 #include "tests/integration/process.h"
 #include "tests/test_seed.h"

@@ -1,16 +1,12 @@
 #include "tests/integration/process.h"
 
-#include <arpa/inet.h>
 #include <fcntl.h>
-#include <netinet/in.h>
 #include <signal.h>
 #include <sys/prctl.h>
-#include <sys/socket.h>
 #include <sys/wait.h>
 #include <unistd.h>
 
 #include <cerrno>
-#include <random>
 #include <utility>
 
 #include "kernels/base/check.h"
@@ -86,23 +82,6 @@ int Process::Wait() {
   }
   pid_ = -1;
   return status;
-}
-
-int FreePort() {
-  // Below the ports that the kernel gives to connections: one of those could take the port while
-  // nobody listens on it.
-  static std::mt19937 random{std::random_device()()};
-  while (true) {
-    const auto port = static_cast<uint16_t>(20'000 + random() % 12'000);
-    const int listener = socket(AF_INET, SOCK_STREAM | SOCK_CLOEXEC, 0);
-    sockaddr_in address = {};
-    address.sin_family = AF_INET;
-    address.sin_addr.s_addr = htonl(INADDR_LOOPBACK);
-    address.sin_port = htons(port);
-    const int bound = bind(listener, reinterpret_cast<sockaddr*>(&address), sizeof(address));
-    close(listener);
-    if (bound == 0) return port;
-  }
 }
 
 }  // namespace clusterkv::integration

@@ -30,9 +30,6 @@ class Process {
   std::string buffer_;
 };
 
-// A port of the loopback that is free just now.
-int FreePort();
-
 }  // namespace clusterkv::integration
 
 #endif  // CLUSTERKV_TESTS_INTEGRATION_PROCESS_H_

@@ -24,6 +24,7 @@
 #include "clusterkv/v1/admin_service.grpc.pb.h"
 #include "proto/error.h"
 #include "proto/placement.h"
+#include "tests/free_port.h"
 #include "tests/integration/kill_job.h"
 #include "tests/integration/process.h"
 #include "tests/worker/worker_harness.h"

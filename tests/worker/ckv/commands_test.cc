@@ -7,6 +7,7 @@
 #include <nlohmann/json.hpp>
 
 #include "clusterkv/v1/cache_service.grpc.pb.h"
+#include "tests/free_port.h"
 #include "tests/worker/ckv/processes.h"
 #include "tests/worker/ckv/well_formed.h"
 #include "worker/ckv/synthetic.h"

@@ -1,9 +1,6 @@
 #include "tests/worker/ckv/processes.h"
 
-#include <arpa/inet.h>
 #include <fcntl.h>
-#include <netinet/in.h>
-#include <sys/socket.h>
 #include <sys/wait.h>
 #include <unistd.h>
 
@@ -15,27 +12,13 @@
 #include <fstream>
 #include <iostream>
 #include <iterator>
-#include <random>
+#include <string_view>
 #include <thread>
 
 namespace clusterkv::worker::ckv {
 namespace {
 
-sockaddr_in Loopback(int port) {
-  sockaddr_in address{};
-  address.sin_family = AF_INET;
-  address.sin_addr.s_addr = htonl(INADDR_LOOPBACK);
-  address.sin_port = htons(static_cast<uint16_t>(port));
-  return address;
-}
-
-bool Accepts(int port) {
-  const int fd = socket(AF_INET, SOCK_STREAM | SOCK_CLOEXEC, 0);
-  const sockaddr_in address = Loopback(port);
-  const bool ok = connect(fd, reinterpret_cast<const sockaddr*>(&address), sizeof(address)) == 0;
-  close(fd);
-  return ok;
-}
+constexpr std::string_view kListeningOn = "listening on ", kAdminOn = ", admin on ";
 
 // Forks and runs; the child's standard output and error go to the files.
 pid_t Spawn(const std::vector<std::string>& command, const std::vector<std::string>& environment,
@@ -90,34 +73,24 @@ ProgramResult RunProgram(const std::vector<std::string>& command,
   return result;
 }
 
-int FreePort() {
-  // Below the ports that the kernel gives to connections: one of those could take the port before
-  // the server does.
-  static std::mt19937 random{std::random_device()()};
-  while (true) {
-    const int port = 20'000 + static_cast<int>(random() % 12'000);
-    const int fd = socket(AF_INET, SOCK_STREAM | SOCK_CLOEXEC, 0);
-    const sockaddr_in address = Loopback(port);
-    const int bound = bind(fd, reinterpret_cast<const sockaddr*>(&address), sizeof(address));
-    close(fd);
-    if (bound == 0) return port;
-  }
-}
-
 std::unique_ptr<ServerProcess> ServerProcess::Start(const std::string& program,
                                                     const std::vector<std::string>& flags) {
   const TemporaryFolder folder;
   auto server = std::unique_ptr<ServerProcess>(new ServerProcess());
-  const int port = FreePort(), admin_port = FreePort();
-  server->target_ = "127.0.0.1:" + std::to_string(port);
-  server->admin_ = "127.0.0.1:" + std::to_string(admin_port);
-  std::vector<std::string> command = {program, "--listen=" + server->target_,
-                                      "--admin_listen=" + server->admin_, "--metrics_listen="};
+  std::vector<std::string> command = {program, "--listen=127.0.0.1:0", "--admin_listen=127.0.0.1:0",
+                                      "--metrics_listen="};
   command.insert(command.end(), flags.begin(), flags.end());
   server->pid_ = Spawn(command, {}, folder.Path("out"), folder.Path("err"));
-  const auto deadline = std::chrono::steady_clock::now() + std::chrono::seconds(20);
+  const auto deadline = std::chrono::steady_clock::now() + std::chrono::seconds(60);
   while (std::chrono::steady_clock::now() < deadline) {
-    if (Accepts(port) && Accepts(admin_port)) return server;
+    // Its first line: "listening on A, admin on B".
+    const std::string out = ReadFile(folder.Path("out"));
+    const size_t comma = out.find(kAdminOn), end = out.find('\n');
+    if (out.starts_with(kListeningOn) && comma < end && end != std::string::npos) {
+      server->target_ = out.substr(kListeningOn.size(), comma - kListeningOn.size());
+      server->admin_ = out.substr(comma + kAdminOn.size(), end - comma - kAdminOn.size());
+      return server;
+    }
     if (waitpid(server->pid_, nullptr, WNOHANG) == server->pid_) {
       server->pid_ = -1;
       break;

@@ -19,14 +19,11 @@ struct ProgramResult {
 ProgramResult RunProgram(const std::vector<std::string>& command,
                          const std::vector<std::string>& environment = {});
 
-// A TCP port of 127.0.0.1 that nothing listens on at the moment.
-int FreePort();
-
 // A server process with ports of its own; killed when it goes out of scope.
 class ServerProcess {
  public:
-  // Starts `program` with flags added, waits until its data port accepts connections. Null, with
-  // the server's output on standard error, when it does not within 20 s.
+  // Starts `program` with flags added, waits until it listens. Null, with the server's output on
+  // standard error, when it does not within 60 s.
   static std::unique_ptr<ServerProcess> Start(const std::string& program,
                                               const std::vector<std::string>& flags);
   ~ServerProcess();
