@@ -229,15 +229,33 @@ bool SequenceStore::Evictable(const Sequence& sequence) const {
          sequence.quiet();
 }
 
-bool SequenceStore::EvictOne() {
+bool SequenceStore::EvictOne() { return EvictOneOf("", "", &services_.counters->evicted_for_room); }
+
+std::vector<std::string> SequenceStore::EvictableNames(std::string_view prefix) {
+  absl::MutexLock lock(&mutex_);
+  std::vector<std::string> names;
+  for (auto it = sequences_.lower_bound(prefix); it != sequences_.end(); ++it) {
+    if (it->first.compare(0, prefix.size(), prefix) != 0) break;
+    if (Evictable(*it->second)) names.push_back(it->first);
+  }
+  return names;
+}
+
+bool SequenceStore::EvictForQuota(std::string_view prefix, std::string_view kept) {
+  return EvictOneOf(prefix, kept, &services_.counters->evicted_for_quota);
+}
+
+bool SequenceStore::EvictOneOf(std::string_view prefix, std::string_view kept,
+                               std::atomic<uint64_t>* counter) {
   const CallCounter::Scope scope(services_.calls);  // from the name's end to the memory's
   std::shared_ptr<Sequence> chosen;
   {
     absl::MutexLock lock(&mutex_);
     std::vector<EvictionCandidate> candidates;
     std::vector<std::map<std::string, std::shared_ptr<Sequence>>::iterator> places;
-    for (auto it = sequences_.begin(); it != sequences_.end(); ++it) {
-      if (!Evictable(*it->second)) continue;
+    for (auto it = sequences_.lower_bound(prefix); it != sequences_.end(); ++it) {
+      if (it->first.compare(0, prefix.size(), prefix) != 0) break;
+      if (!Evictable(*it->second) || it->first == kept) continue;
       candidates.push_back({it->second->last_use.load(), it->second->held_pages()});
       places.push_back(it);
     }
@@ -246,7 +264,7 @@ bool SequenceStore::EvictOne() {
     chosen = std::move(place->second);
     sequences_.erase(place);
   }
-  services_.counters->evicted_for_room.fetch_add(1);
+  counter->fetch_add(1);
   End(chosen, Notice::SEQUENCE_EVICTED);
   return true;
 }

@@ -56,6 +56,10 @@ class SequenceStore : public RoomMaker {
 
   // Evicts the sequence that the policy chooses among READY ones without references.
   bool EvictOne() override;
+  // What it would choose from, of the names that begin with `prefix`.
+  std::vector<std::string> EvictableNames(std::string_view prefix);
+  // The same among these, `kept` left out.
+  bool EvictForQuota(std::string_view prefix, std::string_view kept);
   // Ends sequences whose lease is over.
   void Expire();
   // The owner is gone: what it was filling ends, the rest lives by its ttl.
@@ -74,6 +78,8 @@ class SequenceStore : public RoomMaker {
   absl::Status CheckRoom(int64_t pages);
   absl::StatusOr<SequenceRef> Insert(std::shared_ptr<Sequence> sequence);
   bool Evictable(const Sequence& sequence) const ABSL_EXCLUSIVE_LOCKS_REQUIRED(mutex_);
+  // Evicts one of those whose names begin with `prefix` and are not `kept`, and counts it.
+  bool EvictOneOf(std::string_view prefix, std::string_view kept, std::atomic<uint64_t>* counter);
   void Touch(Sequence& sequence);
   SequenceIdentity NewIdentity(const std::string& name);
   // Takes the sequences of which `leaves` is true out of the store and ends them.

@@ -162,6 +162,13 @@ class ShardImpl : public Shard {
     return store_.Evict(handle, force);
   }
 
+  std::vector<std::string> Evictable(std::string_view prefix) override {
+    return store_.EvictableNames(prefix);
+  }
+  bool EvictOne(std::string_view prefix, std::string_view kept) override {
+    return store_.EvictForQuota(prefix, kept);
+  }
+
   absl::StatusOr<v1::AppendKvResponse> Append(const v1::AppendKvRequest& request) override {
     CKV_ASSIGN_OR_RETURN(const SequenceRef sequence, store_.Find(request.sequence()));
     return sequence->Append(request);

@@ -151,6 +151,10 @@ class Shard {
   virtual absl::StatusOr<v1::Sequence> Fork(const v1::ForkSequenceRequest& request) = 0;
   virtual absl::Status Release(const v1::SequenceHandle& sequence) = 0;
   virtual absl::Status Evict(const v1::SequenceHandle& sequence, bool force) = 0;
+  // The names, beginning with `prefix`, of sequences that a full arena might evict now.
+  virtual std::vector<std::string> Evictable(std::string_view prefix) = 0;
+  // Evicts of these, `kept` left out, the one that would leave first. False: there is none.
+  virtual bool EvictOne(std::string_view prefix, std::string_view kept) = 0;
   // Validates everything before it writes anything. Answers once the tokens are in and, where a
   // window is full, its clustering is queued before any later select of the layer.
   virtual absl::StatusOr<v1::AppendKvResponse> Append(const v1::AppendKvRequest& request) = 0;

@@ -52,8 +52,9 @@ void ShardCounters::AddTo(v1::Stats& stats) const {
   stats.set_hits(hits);
   stats.set_misses(misses);
   stats.set_ingested_bytes(ingested_bytes);
-  stats.set_evictions(evicted_for_room + evicted_by_admin);
+  stats.set_evictions(evicted_for_room + evicted_for_quota + evicted_by_admin);
   (*stats.mutable_evictions_by_reason())["room"] = evicted_for_room;
+  (*stats.mutable_evictions_by_reason())["quota"] = evicted_for_quota;
   (*stats.mutable_evictions_by_reason())["ttl"] = evicted_by_ttl;
   (*stats.mutable_evictions_by_reason())["admin"] = evicted_by_admin;
   for (size_t i = 0; i < errors.size(); ++i) {

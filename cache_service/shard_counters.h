@@ -29,8 +29,10 @@ class LatencyHistogram {
 struct ShardCounters {
   std::atomic<uint64_t> selects{0}, recalled_tokens{0}, recalled_bytes{0}, state_bytes{0};
   std::atomic<uint64_t> hits{0}, misses{0}, ingested_bytes{0};
-  // Sequences that were ended for room, because their ttl was over, by an administrator.
-  std::atomic<uint64_t> evicted_for_room{0}, evicted_by_ttl{0}, evicted_by_admin{0};
+  // Sequences that were ended for room, for their tenant's quota, because their ttl was over, by an
+  // administrator.
+  std::atomic<uint64_t> evicted_for_room{0}, evicted_for_quota{0}, evicted_by_ttl{0},
+      evicted_by_admin{0};
   // Answered by the device; meant for it and answered by the host.
   std::atomic<uint64_t> device_selects{0}, device_fallbacks{0};
   std::atomic<uint64_t> link_bytes{0};      // of records, over other links than gRPC

@@ -84,7 +84,7 @@ class TenantShard : public Shard {
   // --- sequences
 
   absl::StatusOr<v1::Sequence> OpenSequence(const v1::OpenSequenceRequest& request) override {
-    return Opened(request.name(), request, [&]() -> absl::StatusOr<v1::Sequence> {
+    return Opened(request.name(), "", request, [&]() -> absl::StatusOr<v1::Sequence> {
       v1::OpenSequenceRequest own = request;
       CKV_RETURN_IF_ERROR(CheckName(request.name()));
       own.set_name(scope_ + request.name());
@@ -132,14 +132,15 @@ class TenantShard : public Shard {
     alike.set_prompt_tokens(source.tokens());
     alike.set_max_decode_tokens(request.max_decode_tokens());
     alike.set_codec(source.codec());
-    return Opened(request.name(), alike, [&]() -> absl::StatusOr<v1::Sequence> {
-      v1::ForkSequenceRequest own = request;
-      CKV_RETURN_IF_ERROR(CheckName(request.name()));
-      *own.mutable_source() = Own(request.source());
-      own.set_name(scope_ + request.name());
-      own.set_session_id(ids_.Read(request.session_id()));
-      return shard_.Fork(own);
-    });
+    return Opened(request.name(), request.source().name(), alike,
+                  [&]() -> absl::StatusOr<v1::Sequence> {
+                    v1::ForkSequenceRequest own = request;
+                    CKV_RETURN_IF_ERROR(CheckName(request.name()));
+                    *own.mutable_source() = Own(request.source());
+                    own.set_name(scope_ + request.name());
+                    own.set_session_id(ids_.Read(request.session_id()));
+                    return shard_.Fork(own);
+                  });
   }
 
   absl::Status Release(const v1::SequenceHandle& sequence) override {
@@ -147,6 +148,14 @@ class TenantShard : public Shard {
   }
   absl::Status Evict(const v1::SequenceHandle& sequence, bool force) override {
     return Clean(shard_.Evict(Own(sequence), force));
+  }
+  std::vector<std::string> Evictable(std::string_view prefix) override {
+    std::vector<std::string> names = shard_.Evictable(scope_ + std::string(prefix));
+    for (std::string& name : names) name.erase(0, scope_.size());
+    return names;
+  }
+  bool EvictOne(std::string_view prefix, std::string_view kept) override {
+    return shard_.EvictOne(scope_ + std::string(prefix), scope_ + std::string(kept));
   }
   absl::StatusOr<v1::AppendKvResponse> Append(const v1::AppendKvRequest& request) override {
     v1::AppendKvRequest own = request;
@@ -279,11 +288,14 @@ class TenantShard : public Shard {
     return answer;
   }
 
-  // Opens by `open` if the quota has room for a sequence of the request's shape.
-  absl::StatusOr<v1::Sequence> Opened(const std::string& name, const v1::OpenSequenceRequest& shape,
+  // Opens by `open` if the quota has room for a sequence of the request's shape, or gets it by
+  // evicting others than `source`.
+  absl::StatusOr<v1::Sequence> Opened(const std::string& name, const std::string& source,
+                                      const v1::OpenSequenceRequest& shape,
                                       absl::FunctionRef<absl::StatusOr<v1::Sequence>()> open)
       ABSL_LOCKS_EXCLUDED(mutex_);
-  absl::Status CheckQuota(int64_t bytes) ABSL_EXCLUSIVE_LOCKS_REQUIRED(mutex_);
+  absl::Status MakeRoom(int64_t bytes, const std::string& name, const std::string& source)
+      ABSL_EXCLUSIVE_LOCKS_REQUIRED(mutex_);
   // Forgets sequences that the shard no longer has; the bytes of the others.
   int64_t ForgetEnded() ABSL_EXCLUSIVE_LOCKS_REQUIRED(mutex_);
 
@@ -378,9 +390,20 @@ int64_t TenantShard::ForgetEnded() {
   return bytes;
 }
 
-absl::Status TenantShard::CheckQuota(int64_t bytes) {
+absl::Status TenantShard::MakeRoom(int64_t bytes, const std::string& name,
+                                   const std::string& source) {
   if (quota_bytes_ == 0) return absl::OkStatus();
-  const int64_t used = ForgetEnded();
+  int64_t used = ForgetEnded();
+  const auto planned = [this](const std::string& of) ABSL_EXCLUSIVE_LOCKS_REQUIRED(mutex_) {
+    const auto found = planned_.find(scope_ + of);
+    return found == planned_.end() ? 0 : found->second.bytes;
+  };
+  int64_t evictable = 0;
+  for (const std::string& one : Evictable("")) evictable += one == source ? 0 : planned(one);
+  // Nobody leaves for what does not fit anyway, or is refused for another reason.
+  const bool hopeful =
+      used + bytes - evictable <= quota_bytes_ && !draining() && planned(name) == 0;
+  while (hopeful && used + bytes > quota_bytes_ && EvictOne("", source)) used = ForgetEnded();
   if (used + bytes <= quota_bytes_) return absl::OkStatus();
   constexpr int kRetryAfterMs = 1000;  // others of the tenant must be released first
   return Error(v1::TENANT_QUOTA,
@@ -394,13 +417,13 @@ absl::Status TenantShard::CheckQuota(int64_t bytes) {
 }
 
 absl::StatusOr<v1::Sequence> TenantShard::Opened(
-    const std::string& name, const v1::OpenSequenceRequest& shape,
+    const std::string& name, const std::string& source, const v1::OpenSequenceRequest& shape,
     absl::FunctionRef<absl::StatusOr<v1::Sequence>()> open) {
   CKV_ASSIGN_OR_RETURN(const SequenceParams params, ResolveParams(shape));
   CKV_ASSIGN_OR_RETURN(const MemoryPlan plan, PlanSequence(params, page_bytes()));
   const int64_t bytes = plan.total() * page_bytes();
   absl::MutexLock lock(&mutex_);  // so that two that fit alone do not both get in
-  CKV_RETURN_IF_ERROR(CheckQuota(bytes));
+  CKV_RETURN_IF_ERROR(MakeRoom(bytes, name, source));
   absl::StatusOr<v1::Sequence> sequence = open();
   if (sequence.ok()) planned_[scope_ + name] = {sequence->handle().generation(), bytes};
   return Shown(std::move(sequence));

@@ -62,7 +62,8 @@ constexpr MetricDescriptor kMetrics[] = {
     {"clusterkv_resident_bytes", kGauge, "bytes", "", "Memory", "",
      "Resident memory of the process."},
     {"clusterkv_evictions_total", kCounter, "1", "reason", "Memory", "",
-     "Sequences that were ended for room, by their ttl, or by an administrator."},
+     "Sequences that were ended for room, for their tenant's quota, by their ttl, or by an "
+     "administrator."},
 
     {"clusterkv_tenant_sequences", kGauge, "1", "tenant", "Tenants", "tenants",
      "Sequences that the tenant holds."},

@@ -98,50 +98,106 @@ def knees(runs, p99_ms):
     return found
 
 
-def svg(runs):
-    """p50 and p99 over the offered rate, both logarithmic, a line for each load."""
+STYLE = """
+svg { background: #ffffff }
+text { fill: #1f2328 } .faint { stroke: #d8dee4 } .axis { stroke: #59636e }
+.limit { stroke: #cf222e } .limit-text { fill: #cf222e }
+.c0 { stroke: #2f5fd0; fill: #2f5fd0 } .c1 { stroke: #b35900; fill: #b35900 }
+.c2 { stroke: #2a8a3e; fill: #2a8a3e } .c3 { stroke: #a03bc0; fill: #a03bc0 }
+@media (prefers-color-scheme: dark) {
+  svg { background: #0d1117 }
+  text { fill: #e6edf3 } .faint { stroke: #30363d } .axis { stroke: #9198a1 }
+  .limit { stroke: #ff7b72 } .limit-text { fill: #ff7b72 }
+  .c0 { stroke: #79a7ff; fill: #79a7ff } .c1 { stroke: #f0a04b; fill: #f0a04b }
+  .c2 { stroke: #56d364; fill: #56d364 } .c3 { stroke: #d898ff; fill: #d898ff }
+}"""
+COLORS = 4
+WIDTH, HEIGHT, LEFT, RIGHT, TOP, BOTTOM = 760, 420, 70, 560, 20, 360
+
+
+class LogAxis:
+    """Positions of values between `low` and `high` on a logarithmic axis."""
+
+    def __init__(self, low, high, begin, end):
+        self.low, self.high, self.begin, self.end = low, max(high, low * 1.01), begin, end
+
+    def __call__(self, value):
+        part = math.log(value / self.low) / math.log(self.high / self.low)
+        return self.begin + part * (self.end - self.begin)
+
+    def ticks(self):
+        """1, 2 and 5 times the powers of ten within."""
+        first, last = (math.floor(math.log10(end)) for end in (self.low, self.high))
+        values = [digit * 10.0 ** power for power in range(first, last + 1) for digit in (1, 2, 5)]
+        return [value for value in values if self.low <= value <= self.high]
+
+
+def line(x1, y1, x2, y2, style):
+    return f"<line x1='{x1:.1f}' y1='{y1:.1f}' x2='{x2:.1f}' y2='{y2:.1f}' class='{style}'/>"
+
+
+def text(x, y, words, anchor="start", more=""):
+    return f"<text x='{x:.1f}' y='{y:.1f}' text-anchor='{anchor}'{more}>{words}</text>"
+
+
+def axes(x, y):
+    parts = []
+    for value in x.ticks():
+        parts += [line(x(value), TOP, x(value), BOTTOM, "faint"),
+                  text(x(value), BOTTOM + 18, f"{value:,.0f}", "middle")]
+    for value in y.ticks():
+        parts += [line(LEFT, y(value), RIGHT, y(value), "faint"),
+                  text(LEFT - 8, y(value) + 4, f"{value:g}", "end")]
+    middle = (TOP + BOTTOM) / 2
+    return parts + [line(LEFT, BOTTOM, RIGHT, BOTTOM, "axis"),
+                    line(LEFT, TOP, LEFT, BOTTOM, "axis"),
+                    text((LEFT + RIGHT) / 2, BOTTOM + 42, "calls per second offered (open loop)",
+                         "middle"),
+                    text(18, middle, "latency, ms", "middle",
+                         f" transform='rotate(-90 18 {middle:.0f})'")]
+
+
+def curves(load, index, runs, x, y):
+    """p50 dashed and p99 solid, a dot for each step, and the load's line in the legend."""
+    style, row = f"c{index % COLORS}", TOP + 40 + 24 * index
+    parts = [line(RIGHT + 20, row - 4, RIGHT + 48, row - 4, style + "' stroke-width='2.5"),
+             text(RIGHT + 56, row, load)]
+    for percentile, dashes in ((50, " stroke-dasharray='5 4'"), (99, "")):
+        points = [(x(run.offered), y(run.latency_ms[percentile])) for run in runs]
+        path = " ".join(f"{px:.1f},{py:.1f}" for px, py in points)
+        parts.append(f"<polyline points='{path}' style='fill:none' class='{style}' "
+                     f"stroke-width='2'{dashes}/>")
+        for (px, py), run in zip(points, runs):
+            parts.append(f"<circle cx='{px:.1f}' cy='{py:.1f}' r='2.5' class='{style}'><title>"
+                         f"{load} at {run.offered:.0f}/s: p{percentile} "
+                         f"{run.latency_ms[percentile]:.2f} ms</title></circle>")
+    return parts
+
+
+def svg(runs, p99_ms):
+    """p50 and p99 over the offered rate, both logarithmic, a colour for each load."""
     steps = [run for run in runs if run.phase.startswith("step-") and run.latency_ms]
     if not steps:
         return "<svg xmlns='http://www.w3.org/2000/svg' width='10' height='10'/>\n"
-    width, height, left, bottom = 720, 360, 60, 40
     rates = [run.offered for run in steps]
-    times = [value for run in steps for value in (run.latency_ms[50], run.p99)]
-    x_low, x_high = math.log10(min(rates)), math.log10(max(rates) * 1.1)
-    y_low, y_high = math.log10(min(times) * 0.8), math.log10(max(times) * 1.25)
-
-    def x(rate):
-        return left + (math.log10(rate) - x_low) / ((x_high - x_low) or 1) * (width - left - 170)
-
-    def y(milliseconds):
-        return height - bottom - (math.log10(milliseconds) - y_low) / (y_high - y_low) * (
-            height - bottom - 20)
-
-    parts = [f"<svg xmlns='http://www.w3.org/2000/svg' viewBox='0 0 {width} {height}' "
-             "font-family='sans-serif' font-size='12'>",
-             f"<rect width='{width}' height='{height}' fill='white'/>",
-             f"<text x='{left}' y='14'>latency in ms over calls per second (open loop); "
-             "line p99, dashes p50</text>"]
-    for rate in sorted(set(rates)):
-        parts.append(f"<text x='{x(rate):.0f}' y='{height - 22}' text-anchor='middle'>"
-                     f"{rate:.0f}</text><line x1='{x(rate):.0f}' x2='{x(rate):.0f}' y1='20' "
-                     f"y2='{height - bottom}' stroke='#eee'/>")
-    for exponent in range(math.floor(y_low), math.ceil(y_high) + 1):
-        for digit in (1, 2, 5):
-            value = digit * 10.0 ** exponent
-            if y_low <= math.log10(value) <= y_high:
-                parts.append(f"<text x='{left - 6}' y='{y(value) + 4:.0f}' text-anchor='end'>"
-                             f"{value:g}</text><line x1='{left}' x2='{width - 170}' "
-                             f"y1='{y(value):.0f}' y2='{y(value):.0f}' stroke='#eee'/>")
-    colors = ("#4269d0", "#efb118", "#ff725c", "#3ca951")
-    for index, load in enumerate(sorted({run.load for run in steps})):
-        color = colors[index % len(colors)]
+    times = [value for run in steps for value in (run.latency_ms[50], run.p99)] + [p99_ms]
+    x = LogAxis(min(rates) * 0.9, max(rates) * 1.1, LEFT, RIGHT)
+    y = LogAxis(min(times) * 0.8, max(times) * 1.25, BOTTOM, TOP)
+    parts = [f"<svg xmlns='http://www.w3.org/2000/svg' viewBox='0 0 {WIDTH} {HEIGHT}' "
+             "font-family='sans-serif' font-size='13' role='img' "
+             "aria-label='Latency over calls per second'>", f"<style>{STYLE}</style>", *axes(x, y),
+             line(LEFT, y(p99_ms), RIGHT, y(p99_ms), "limit' stroke-dasharray='2 3"),
+             text(LEFT + 6, y(p99_ms) - 5, f"limit of p99: {p99_ms:g} ms", "start",
+                  " class='limit-text'")]
+    loads = sorted({run.load for run in steps})
+    for index, load in enumerate(loads):
         mine = sorted((run for run in steps if run.load == load), key=lambda run: run.offered)
-        for percentile, dashes in ((50, " stroke-dasharray='4 3'"), (99, "")):
-            points = " ".join(f"{x(run.offered):.1f},{y(run.latency_ms[percentile]):.1f}"
-                              for run in mine)
-            parts.append(f"<polyline points='{points}' fill='none' stroke='{color}' "
-                         f"stroke-width='2'{dashes}/>")
-        parts.append(f"<text x='{width - 160}' y='{40 + 18 * index}' fill='{color}'>{load}</text>")
+        parts += curves(load, index, mine, x, y)
+    row = TOP + 52 + 24 * len(loads)
+    for words, dashes in (("p99", ""), ("p50", "' stroke-dasharray='5 4")):
+        parts += [line(RIGHT + 20, row - 4, RIGHT + 48, row - 4, "axis" + dashes),
+                  text(RIGHT + 56, row, words)]
+        row += 22
     return "\n".join(parts + ["</svg>"]) + "\n"
 
 
@@ -175,7 +231,7 @@ def main(arguments):
                 print(f"{load}: the knee is at {knee.offered:.0f} calls/s or above "
                       f"(p99 {knee.p99:.2f} ms, at most {p99_ms:g} ms)")
     if options["svg"]:
-        pathlib.Path(options["svg"]).write_text(svg(runs), encoding="utf-8")
+        pathlib.Path(options["svg"]).write_text(svg(runs, p99_ms), encoding="utf-8")
     for problem in problems:
         print(f"FAILED: {problem}")
     return 1 if problems else 0

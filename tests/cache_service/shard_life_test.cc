@@ -153,6 +153,21 @@ TEST(ShardMemoryTest, LeastRecentlyUsedReadySequencesLeaveFirst) {
   EXPECT_EQ(shard->GetStats().evictions(), 1u);
 }
 
+TEST(ShardMemoryTest, OneOfAPrefixLeavesWithoutTheOneThatIsKept) {
+  ShardHarness shard;
+  for (const char* name : {"a/1", "b/1", "b/2", "b/3", "c/1"}) {
+    shard.Ready(OpenRequest(name, Kv(), kPrompt), Kv());
+  }
+  ASSERT_TRUE(shard->OpenSequence(OpenRequest("b/filling", Kv(), kPrompt)).ok());
+  EXPECT_THAT(shard->Evictable("b/"), ::testing::ElementsAre("b/1", "b/2", "b/3"));
+  EXPECT_TRUE(shard->EvictOne("b/", "b/1"));
+  EXPECT_THAT(shard->Evictable("b/"), ::testing::ElementsAre("b/1", "b/3"));
+  EXPECT_TRUE(shard->EvictOne("b/", "b/1"));
+  EXPECT_FALSE(shard->EvictOne("b/", "b/1"));
+  EXPECT_EQ(shard->GetStats().evictions_by_reason().at("quota"), 2u);
+  EXPECT_EQ(shard->Evictable("").size(), 3u);
+}
+
 TEST(ShardMemoryTest, WhatIsAttachedFillingOrPinnedIsNotEvicted) {
   const int64_t one = PagesOfOne(), open = PagesToOpen();
   ShardHarness shard(RoomFor(2 * one + open + open - 1));

@@ -371,6 +371,67 @@ TEST_F(TenantsTest, AQuotaOfTheArenaIsRefusedByNameAndFreedByRelease) {
   EXPECT_TRUE(red.Open(sequence.OpenRequest()).ok());
 }
 
+TEST_F(TenantsTest, AFullQuotaEvictsTheTenantsOwnThatNobodyIsAttachedTo) {
+  const auto named = [](const std::string& name) {
+    TestSequence sequence;
+    sequence.name = name;
+    return sequence;
+  };
+  const auto stats = [this] {
+    v1::Stats stats;
+    EXPECT_TRUE(Connect("operator").admin->GetStats(MakeContext().get(), {}, &stats).ok());
+    return stats;
+  };
+  StartServer();
+  Red().MakeReady(named("one"));
+  const auto planned = static_cast<int64_t>(stats().tenants().at("red").planned_bytes());
+  StartServer([&](Config* config) { config->tenants[0].arena_bytes = 2 * planned + planned / 2; });
+  TenantClient red = Red(), blue = Blue();
+  blue.MakeReady(named("oldest"));
+  const v1::Sequence attached = red.MakeReady(named("attached"));
+  ASSERT_TRUE(red.Attach(attached.handle()).ok());
+  red.MakeReady(named("idle"));
+
+  TestSequence large = named("large");
+  large.tokens *= 3;
+  EXPECT_EQ(ReasonOf(red.Open(large.OpenRequest()).status()), v1::TENANT_QUOTA);
+  EXPECT_EQ(red.List().size(), 2u) << "nobody leaves for what does not fit anyway";
+  const absl::Status exists = red.Open(named("attached").OpenRequest()).status();
+  EXPECT_FALSE(exists.ok());
+  EXPECT_EQ(red.List().size(), 2u) << "or is there already";
+  // The server may still hold "idle" for an instant after its answer.
+  absl::StatusOr<v1::Sequence> opened;
+  do {
+    opened = red.Open(named("new").OpenRequest());
+  } while (ReasonOf(opened.status()) == v1::TENANT_QUOTA);
+  ASSERT_TRUE(opened.ok()) << opened.status();
+  EXPECT_THAT(red.List(), ::testing::ElementsAre("attached", "new"));
+  EXPECT_THAT(blue.List(), ::testing::ElementsAre("oldest"));
+  EXPECT_EQ(stats().evictions_by_reason().at("quota"), 1u);
+  EXPECT_EQ(stats().evictions(), 1u);
+  EXPECT_EQ(ReasonOf(red.Open(named("newer").OpenRequest()).status()), v1::TENANT_QUOTA)
+      << "one is attached, the other is being filled";
+}
+
+TEST_F(TenantsTest, AForkDoesNotEvictItsSource) {
+  TestSequence sequence;
+  StartServer();
+  TenantClient red = Red();
+  red.MakeReady(sequence);
+  v1::Stats stats;
+  ASSERT_TRUE(Connect("operator").admin->GetStats(MakeContext().get(), {}, &stats).ok());
+  const auto planned = static_cast<int64_t>(stats.tenants().at("red").planned_bytes());
+  StartServer([&](Config* config) { config->tenants[0].arena_bytes = planned + planned / 2; });
+  TenantClient again = Red();
+  again.MakeReady(sequence);
+  v1::ForkSequenceRequest fork;
+  fork.mutable_source()->set_name(sequence.name);
+  fork.set_name("fork");
+  const absl::Status refused = again.Call(&v1::CacheService::Stub::ForkSequence, fork).status();
+  EXPECT_EQ(ReasonOf(refused), v1::TENANT_QUOTA) << refused;
+  EXPECT_THAT(again.List(), ::testing::ElementsAre(sequence.name));
+}
+
 TEST_F(TenantsTest, CallsAndBytesOverTheRateAreRefusedWithTheTimeToWait) {
   StartServer([](Config* config) {
     config->tenants[0].calls_per_second = 5;

@@ -442,8 +442,11 @@ class Cluster:
         self.ckv("seed", where, "--prefix=before", "--sequences=6", "--tokens=256", "--replace")
         starts = {name: pod["status"]["startTime"] for name, pod in server_pods().items()}
         for shards in (5, 2):
-            self.upgrade(shards=shards)
-            wait_until(f"{shards} shards", lambda n=shards: all_ready(n), 120)
+            if shards == 2:
+                drained = self.scale_in(shards)
+            else:
+                self.upgrade(shards=shards)
+                wait_until(f"{shards} shards", lambda n=shards: all_ready(n), 120)
             self.helm("test", "--timeout=300s")
             now = {name: pod["status"]["startTime"] for name, pod in server_pods().items()}
             expect(all(starts[name] == now[name] for name in now.keys() & starts.keys()),
@@ -455,7 +458,39 @@ class Cluster:
                 grown = wait_until("sequences on the new shards", lambda: self.grown(where), 180)
                 took = time.monotonic() - begin
         return (f"helm test passed with each; after {took:.0f} s 20 new sequences lay on five "
-                f"shards as {grown}")
+                f"shards as {grown}; {drained}")
+
+    def scale_in(self, shards):
+        """Fewer shards, a decode worker attached to the last one: it is served until it leaves."""
+        last, address = f"{NAME}-4", shard_address(4)
+        self.ckv("seed", f"--server={address}", "--prefix=held", "--tokens=256", "--replace")
+        report = self.folder / "worker.json"
+        tls = self.certificates.ckv() if self.certificates else []
+        worker = subprocess.Popen(
+            [self.options.bin / "ckv", "bench", *tls, f"--server={address}", "--sequences=held-0",
+             "--method=select_and_recall", "--concurrency=1", "--rps=20", "--duration=25s",
+             f"--json={report}"], stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+        try:
+            time.sleep(2)  # it is attached
+            self.upgrade(shards=shards)
+            wait_until("new work refused", lambda: self.refuses_new(address), 20)
+            expect("deletionTimestamp" in server_pods()[last]["metadata"], "it is not ending")
+            read = self.ckv("inspect", f"--server={address}", "--sequence=held-0")
+            expect("held-0" in read, read)
+            expect(worker.poll() is None, "the worker ended before it was looked at")
+            told = worker.communicate(timeout=60)[0]
+        finally:
+            worker.kill()
+            worker.wait()
+        expect(worker.returncode == 0, f"the attached worker: {told[-800:]}")
+        codes = json.loads(report.read_text())["statusCodeDistribution"]
+        wait_until(f"{shards} shards", lambda: all_ready(shards), 120)
+        return f"a worker of the draining shard: {codes}"
+
+    def refuses_new(self, address):
+        refused = self.ckv("seed", f"--server={address}", "--prefix=new", "--tokens=64",
+                           "--replace", check=False)
+        return refused.returncode != 0 and "draining" in refused.stderr
 
     def grown(self, where):
         """How 20 new sequences lie on five shards, or nothing while the last two have none."""

@@ -1,26 +1,38 @@
 #!/usr/bin/env python3
 """Two tenants of one server under ghz: how long the quiet one waits beside the loud one.
 
-Usage: fairness.py SERVER CKV GHZ [--p99_ms=20] [--seconds=8] [--rounds=3] [--json=FILE]
+Usage: fairness.py SERVER CKV GHZ [--p99_ms=20] [--seconds=8] [--rounds=5] [--shared] [--json=FILE]
 Starts a server with mutual TLS and the tenants quiet and loud. First the knee: the last rate of a
-ladder, both tenants sending half of it, whose p99 is within --p99_ms. Then, round by round, the
+ladder, sent by both tenants, half each, whose p99 is within --p99_ms. Then, round by round, the
 quiet one sends an eleventh of the knee: alone, beside as much of the loud one, and beside ten times
-as much. Prints the medians over the rounds. ghz and the server share this machine's processors: what
-they take from each other counts too.
+as much. Prints the medians over the rounds, their spread, and what the server says of its stages.
+
+The server has one processor to itself and the generators have another one, the quiet tenant's with
+real-time priority where that is allowed: a generator that waits for its own processor measures
+itself. --shared: no processor is anybody's.
 """
 
 import argparse
 import json
+import math
+import os
 import pathlib
+import re
+import shutil
 import socket
 import statistics
 import subprocess
 import sys
 import tempfile
 import time
+import urllib.request
 
-LADDER = (100, 200, 400, 600, 800, 1000, 1200, 1400, 1600, 2000, 2400)
+sys.path.insert(0, str(pathlib.Path(__file__).resolve().parents[2] / "deploy" / "loadtest"))
+import messages  # pylint: disable=wrong-import-position
+
+LADDER = (250, 500, 1000, 1500, 2000, 2500, 3000, 3500, 4000, 4500, 5000, 6000, 7000, 8000)
 TENANTS = ("quiet", "loud")
+STAGES = ("queue", "select", "pack", "send")
 
 
 def free_port():
@@ -29,12 +41,38 @@ def free_port():
         return probe.getsockname()[1]
 
 
+class TooFast(Exception):
+    """The generator did not keep up with its own rate."""
+
+
+def processors(shared):
+    """One for the server and one for the generators; None, None: no processor is anybody's."""
+    there = sorted(os.sched_getaffinity(0))
+    return there[:2] if len(there) > 1 and not shared else (None, None)
+
+
+def pinned(processor, command, real_time=False):
+    """`command` on that processor alone; None: wherever it likes."""
+    if processor is not None:
+        command = ["taskset", "-c", str(processor), *command]
+    if real_time and subprocess.run(["chrt", "-f", "10", "true"], stderr=subprocess.DEVNULL,
+                                    check=False).returncode == 0:
+        command = ["chrt", "-f", "10", *command]
+    return command
+
+
+def quantile(buckets, part):
+    """Of cumulative (upper bound, count), the bound below which `part` of the counts are."""
+    total = buckets[-1][1] if buckets else 0
+    return next((bound for bound, count in buckets if total and count >= part * total), math.nan)
+
+
 class Bench:
     """A server, its certificates and its tenants' sequences, in a folder."""
 
     def __init__(self, options, folder):
         self.options, self.folder = options, folder
-        self.address = f"localhost:{free_port()}"
+        self.address, self.metrics_port = f"localhost:{free_port()}", free_port()
         self.sign("ca", "basicConstraints=critical,CA:TRUE")
         self.sign("server", "subjectAltName=DNS:localhost")
         for tenant in TENANTS:
@@ -43,6 +81,7 @@ class Bench:
             f'listen: "{self.address}" admin_listen: "localhost:{free_port()}"\n'
             f'tls_certificate_file: "{folder}/server.crt" tls_key_file: "{folder}/server.key"\n'
             f'tls_client_ca_file: "{folder}/ca.crt" admin_identities: "nobody"\n'
+            f'metrics_listen: "localhost:{self.metrics_port}"\n'
             'arena_bytes: "512MiB" log_level: "error"\n' +
             "".join(f'tenants {{ name: "{t}" identities: "{t}" }}\n' for t in TENANTS))
 
@@ -56,34 +95,54 @@ class Bench:
             check=True, capture_output=True)
 
     def __enter__(self):
+        self.server_on, self.generators_on = processors(self.options.shared)
         self.server = subprocess.Popen(
-            [self.options.server, f"--config={self.folder}/server.conf"],
+            pinned(self.server_on, [self.options.server, f"--config={self.folder}/server.conf"]),
             stdout=subprocess.DEVNULL)
         for tenant in TENANTS:
-            out = subprocess.run(
+            query = subprocess.run(
                 [self.options.ckv, "seed", f"--server={self.address}", "--prefix=load",
-                 "--sequences=4", "--tokens=8192", "--print_query", "--connect_timeout=20s",
+                 "--tokens=8192", "--print_query", "--connect_timeout=20s",
                  f"--tls_ca={self.folder}/ca.crt", f"--tls_cert={self.folder}/{tenant}.crt",
                  f"--tls_key={self.folder}/{tenant}.key"],
                 check=True, capture_output=True, text=True).stdout
-            (self.folder / f"{tenant}.json").write_text(
-                out.replace("load-0", "load-{{randomInt 0 4}}"))
+            (self.folder / f"{tenant}.bin").write_bytes(
+                messages.select_request(json.loads(query)))
         return self
 
     def __exit__(self, *_):
         self.server.terminate()
         self.server.wait(timeout=60)
 
+    def stages(self):
+        """{stage: cumulative [(seconds, count)]} of the server's life."""
+        with urllib.request.urlopen(f"http://localhost:{self.metrics_port}/metrics",
+                                    timeout=10) as answer:
+            text = answer.read().decode()
+        found = {stage: [] for stage in STAGES}
+        for stage, bound, count in re.findall(
+                r'clusterkv_stage_seconds_bucket\{stage="(\w+)",le="([^"]+)"\} (\d+)', text):
+            if stage in found:
+                found[stage].append((float(bound), int(count)))
+        return found
+
     def run(self, rates):
-        """{tenant: calls per second} at once; {tenant: (p50, p99) in ms}, each call answered."""
+        """{tenant: calls per second} at once, each call answered.
+
+        Returns {tenant: (p50, p99) in ms} and {stage: p99 in ms} of all calls together.
+        """
+        before = self.stages()
         processes = {}
         for tenant, rate in rates.items():
             processes[tenant] = subprocess.Popen(
-                [self.options.ghz, "--cacert", self.folder / "ca.crt", "--cert",
-                 self.folder / f"{tenant}.crt", "--key", self.folder / f"{tenant}.key", "--async",
-                 f"--rps={rate}", f"--total={rate * self.options.seconds}", "-c", "64",
-                 "--connections=4", "--call=clusterkv.v1.CacheService/SelectClusters", "-D",
-                 self.folder / f"{tenant}.json", "-O", "json", self.address],
+                pinned(self.generators_on,
+                       [self.options.ghz, "--cacert", self.folder / "ca.crt", "--cert",
+                        self.folder / f"{tenant}.crt", "--key", self.folder / f"{tenant}.key",
+                        "--async", f"--rps={rate}", f"--total={rate * self.options.seconds}",
+                        "-c", "64", "--connections=4",
+                        "--call=clusterkv.v1.CacheService/SelectClusters", "-B",
+                        self.folder / f"{tenant}.bin", "-O", "json", self.address],
+                       real_time=tenant == "quiet"),
                 stdout=subprocess.PIPE)
         result = {}
         for tenant, process in processes.items():
@@ -91,35 +150,52 @@ class Bench:
             codes = report["statusCodeDistribution"]
             if set(codes) != {"OK"}:
                 raise RuntimeError(f"{tenant} at {rates}: {codes} {report['errorDistribution']}")
+            if report["rps"] < 0.9 * rates[tenant]:
+                raise TooFast(f"{tenant}: {report['rps']:.0f} of {rates[tenant]} calls/s")
             ms = {row["percentage"]: row["latency"] / 1e6 for row in report["latencyDistribution"]}
             result[tenant] = (ms[50], ms[99])
-        return result
+        stages = {}
+        for stage, after in self.stages().items():
+            grown = [(bound, count - was) for (bound, count), (_, was) in zip(after, before[stage])]
+            stages[stage] = 1e3 * quantile(grown, 0.99)
+        return result, stages
 
     def knee(self):
         knee = 0
         for rate in LADDER:
-            both = self.run({tenant: rate // 2 for tenant in TENANTS})
+            try:
+                both, stages = self.run({tenant: rate // 2 for tenant in TENANTS})
+            except TooFast as late:
+                print(f"  {rate:5} calls/s together: {late}", flush=True)
+                break
             print(f"  {rate:5} calls/s together: " + ", ".join(
-                f"{tenant} p50 {p50:.2f}, p99 {p99:.2f} ms" for tenant, (p50, p99) in both.items()),
-                flush=True)
+                f"{tenant} p50 {p50:.2f}, p99 {p99:.2f} ms" for tenant, (p50, p99) in both.items())
+                + f"; {told(stages)}", flush=True)
             if max(p99 for _, p99 in both.values()) > self.options.p99_ms:
                 break
             knee = rate
         return knee
 
 
+def told(stages):
+    return "stages' p99 " + ", ".join(
+        f"{stage} {ms:.2f}" for stage, ms in stages.items() if not math.isnan(ms)) + " ms"
+
+
 def main():
     parser = argparse.ArgumentParser(usage=__doc__)
     for name in ("server", "ckv", "ghz"):
-        parser.add_argument(name)
+        parser.add_argument(name, type=lambda path: shutil.which(path) or path)
     parser.add_argument("--p99_ms", type=float, default=20)
     parser.add_argument("--seconds", type=int, default=8)
-    parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--knee", type=int, help="calls per second, where it is known already")
+    parser.add_argument("--shared", action="store_true")
     parser.add_argument("--json", type=pathlib.Path)
     options = parser.parse_args()
     with tempfile.TemporaryDirectory() as folder, Bench(options, pathlib.Path(folder)) as bench:
         bench.run({tenant: 50 for tenant in TENANTS})  # warm
-        knee = bench.knee()
+        knee = options.knee or bench.knee()
         if knee == 0:
             print(f"not even {LADDER[0]} calls/s are within {options.p99_ms} ms")
             return 1
@@ -129,17 +205,23 @@ def main():
         seen = {name: [] for name in plans}
         for _ in range(options.rounds):
             for name, rates in plans.items():
-                seen[name].append(bench.run(rates)["quiet"])
+                both, stages = bench.run(rates)
+                seen[name].append((*both["quiet"], both.get("loud", (0, 0))[1]))
+                print(f"  {name}: {both} {told(stages)}", flush=True)
                 time.sleep(0.5)
-        print(f"knee {knee} calls/s; quiet at {rate} calls/s, medians of {options.rounds} rounds "
-              f"of {options.seconds} s:")
-        medians = {name: [statistics.median(v) for v in zip(*values)]
-                   for name, values in seen.items()}
-        for name, (p50, p99) in medians.items():
-            print(f"  {name:25} p50 {p50:6.2f} ms, p99 {p99:6.2f} ms")
+        print(f"knee {knee} calls/s; quiet at {rate} calls/s, medians (least to most) of "
+              f"{options.rounds} rounds of {options.seconds} s:")
+        report = {}
+        for name, rounds in seen.items():
+            p50, p99, loud = zip(*rounds)
+            report[name] = {"p50_ms": p50, "p99_ms": p99, "loud_p99_ms": loud}
+            print(f"  {name:25} p50 {statistics.median(p50):6.2f} ({min(p50):.2f} to "
+                  f"{max(p50):.2f}) ms, p99 {statistics.median(p99):6.2f} ({min(p99):.2f} to "
+                  f"{max(p99):.2f}) ms; the loud one's p99 {statistics.median(loud):.2f} ms")
         if options.json:
             options.json.write_text(json.dumps(
-                {"knee": knee, "quiet_rate": rate, "quiet_ms": medians,
+                {"knee": knee, "quiet_rate": rate, "quiet": report,
+                 "processors": "shared" if bench.server_on is None else "apart",
                  "finished": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime())}, indent=1))
     return 0
 
