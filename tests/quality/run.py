@@ -491,6 +491,8 @@ def parse(argv):
     parser.add_argument("--text", required=True, help="comma-separated files")
     parser.add_argument("--context", type=int, default=8192)
     parser.add_argument("--sequences", type=int, default=2, help="of each kind")
+    parser.add_argument("--first", type=int, default=0, metavar="I",
+                        help="of the sequences that a longer run has, those from the I-th on")
     parser.add_argument("--seed", type=int, default=1)
     parser.add_argument("--methods", default="full,clusterkv@1024,recall@128,default@64")
     parser.add_argument("--kinds", default="needle,copy,text")
@@ -546,6 +548,8 @@ def main(argv=None) -> int:
     report = {"model": options.model.rstrip("/").rsplit("/", 1)[-1], "context": options.context,
               "sequences": options.sequences, "seed": options.seed,
               "texts": [path.rsplit("/", 1)[-1] for path in options.text.split(",")]}
+    if options.first:
+        report["first"] = options.first
     earlier = []
     if options.append:
         with open(options.append, encoding="utf-8") as file:
@@ -555,15 +559,16 @@ def main(argv=None) -> int:
         earlier = before["rows"]
 
     kinds = options.kinds.split(",")
-    order = [(kind, index) for index in range(options.sequences) for kind in kinds]
+    indexes = range(options.first, options.first + options.sequences)
+    order = [(kind, index) for index in indexes for kind in kinds]
     done = resumed(options, report) if options.resume else {}
     writing = threading.Lock()
 
     def rows() -> list[dict]:
         """Of the first sequences that are there of every kind: the run may be ended before the last."""
-        report["sequences"] = next(i for i in range(options.sequences + 1)
-                                   if i == options.sequences or any((kind, i) not in done for kind in kinds))
-        whole = [(kind, done[kind, i]) for kind, i in order if i < report["sequences"]]
+        end = next((i for i in indexes if any((kind, i) not in done for kind in kinds)), indexes.stop)
+        report["sequences"] = end - options.first
+        whole = [(kind, done[kind, i]) for kind, i in order if i < end]
         return earlier + table_rows(specs, whole) if whole else []
 
     def one(task: tuple[str, int]) -> None:

@@ -10,11 +10,16 @@
 
 #include <memory>
 #include <string>
+#include <utility>
+#include <vector>
 
+#include "absl/time/clock.h"
 #include "proto/error.h"
+#include "proto/placement.h"
 #include "worker/client.h"
 #include "worker/decode_session.h"
 #include "worker/prefill_writer.h"
+#include "worker/shards.h"
 
 namespace nb = nanobind;
 
@@ -69,11 +74,19 @@ absl::Span<const float> Floats(const nb::ndarray<const float, nb::c_contig, nb::
   return {a.data(), a.size()};
 }
 
+// What the call returns, made without the GIL.
+template <typename Call>
+auto Released(Call call) {
+  nb::gil_scoped_release release;
+  return call();
+}
+
+// To one server, or to several as one.
 class Connection {
  public:
   Connection(const std::string& target, const std::string& worker_name, double timeout_seconds,
              const std::string& tls_ca, const std::string& tls_cert, const std::string& tls_key,
-             const std::string& tls_server_name) {
+             const std::string& tls_server_name, bool several) {
     ClientOptions options;
     options.tls = {.ca_file = tls_ca,
                    .certificate_file = tls_cert,
@@ -81,57 +94,71 @@ class Connection {
                    .server_name = tls_server_name};
     options.worker_name = worker_name;
     options.call_timeout = absl::Seconds(timeout_seconds);
-    absl::StatusOr<std::unique_ptr<Client>> client;
-    {
-      nb::gil_scoped_release release;
-      client = Client::Connect(target, options);
+    if (several) {
+      shards_ = ValueOrRaise(Released([&] { return Shards::Connect(target, options); }));
+    } else {
+      client_ = ValueOrRaise(Released([&] { return Client::Connect(target, options); }));
     }
-    client_ = ValueOrRaise(std::move(client));
   }
 
   nb::bytes Open(const nb::bytes& request) {
     auto message = Parsed<v1::OpenSequenceRequest>(request, "request");
-    message.set_session_id(client_->session_id());
-    absl::StatusOr<v1::Sequence> sequence;
-    {
-      nb::gil_scoped_release release;
-      sequence = client_->OpenSequence(message);
-    }
-    return Serialized(ValueOrRaise(std::move(sequence)));
+    return Serialized(ValueOrRaise(Released([&]() -> absl::StatusOr<v1::Sequence> {
+      if (shards_ == nullptr) {
+        message.set_session_id(client_->session_id());
+        return client_->OpenSequence(message);
+      }
+      absl::StatusOr<PlacedSequence> placed = shards_->OpenSequence(std::move(message));
+      if (!placed.ok()) return placed.status();
+      return std::move(placed->sequence);
+    })));
   }
 
   void Release(const nb::bytes& handle) {
     const auto message = Parsed<v1::SequenceHandle>(handle, "handle");
-    absl::Status status;
-    {
-      nb::gil_scoped_release release;
-      status = client_->ReleaseSequence(message);
-    }
-    RaiseIfError(status);
+    RaiseIfError(Released([&] {
+      return shards_ == nullptr ? client_->ReleaseSequence(message)
+                                : shards_->ReleaseSequence(message);
+    }));
   }
 
   bool Reconnect(double timeout_seconds) {
-    bool restarted = false;
-    absl::Status status;
-    {
-      nb::gil_scoped_release release;
-      status = client_->Reconnect(absl::Seconds(timeout_seconds), &restarted);
-    }
-    RaiseIfError(status);
+    bool restarted = true;
+    RaiseIfError(Released([&] {
+      const absl::Duration timeout = absl::Seconds(timeout_seconds);
+      if (shards_ == nullptr) return client_->Reconnect(timeout, &restarted);
+      const absl::Time end = absl::Now() + timeout;
+      absl::Status status = shards_->Refresh();
+      while (!status.ok() && absl::Now() < end) {
+        absl::SleepFor(absl::Milliseconds(50));
+        status = shards_->Refresh();
+      }
+      return status;
+    }));
     return restarted;
   }
 
-  Client* client() { return client_.get(); }
+  // Of the server that has the sequence. Call it without the GIL.
+  absl::StatusOr<Client*> ClientOf(const v1::SequenceHandle& sequence) {
+    if (shards_ == nullptr) return client_.get();
+    absl::StatusOr<PlacedSequence> placed = shards_->FindSequence(sequence);
+    if (!placed.ok()) return placed.status();
+    return placed->client;
+  }
 
  private:
-  std::unique_ptr<Client> client_;
+  std::unique_ptr<Client> client_;  // or
+  std::unique_ptr<Shards> shards_;
 };
 
 class Writer {
  public:
-  Writer(Connection& connection, const nb::bytes& sequence)
-      : writer_(ValueOrRaise(PrefillWriter::Create(connection.client(),
-                                                   Parsed<v1::Sequence>(sequence, "sequence")))) {}
+  Writer(Connection& connection, const nb::bytes& sequence) {
+    const auto message = Parsed<v1::Sequence>(sequence, "sequence");
+    Client* const client =
+        ValueOrRaise(Released([&] { return connection.ClientOf(message.handle()); }));
+    writer_ = ValueOrRaise(PrefillWriter::Create(client, message));
+  }
 
   void Put(int64_t layer, int64_t first_token, int64_t tokens, const Array& keys,
            const Array& values,
@@ -170,12 +197,11 @@ class Decoder {
     options.select = Parsed<v1::SelectConfig>(select, "select");
     options.append_to_service = append_to_service;
     const auto sequence = Parsed<v1::SequenceHandle>(handle, "handle");
-    absl::StatusOr<std::unique_ptr<DecodeSession>> session;
-    {
-      nb::gil_scoped_release release;
-      session = DecodeSession::Attach(connection.client(), sequence, options);
-    }
-    session_ = ValueOrRaise(std::move(session));
+    session_ = ValueOrRaise(Released([&]() -> absl::StatusOr<std::unique_ptr<DecodeSession>> {
+      const absl::StatusOr<Client*> client = connection.ClientOf(sequence);
+      if (!client.ok()) return client.status();
+      return DecodeSession::Attach(*client, sequence, options);
+    }));
   }
 
   // keys, values [tokens, kv_heads, head_dim], queries [tokens, query_heads, head_dim] of the
@@ -235,15 +261,29 @@ class Decoder {
   std::unique_ptr<DecodeSession> session_;
 };
 
+// The names of shards in the order in which they are asked for the sequence.
+std::vector<std::string> RankNames(const std::string& sequence,
+                                   const std::vector<std::string>& names) {
+  std::vector<v1::Shard> shards(names.size());
+  for (size_t i = 0; i < names.size(); ++i) shards[i].set_name(names[i]);
+  std::vector<std::string> ranked;
+  ranked.reserve(names.size());
+  for (const v1::Shard& shard : RankShards(sequence, std::move(shards))) {
+    ranked.push_back(shard.name());
+  }
+  return ranked;
+}
+
 }  // namespace
 
 NB_MODULE(_native, m) {
+  m.def("rank_shards", &RankNames, nb::arg("sequence"), nb::arg("names"));
   nb::class_<Connection>(m, "Connection")
       .def(nb::init<const std::string&, const std::string&, double, const std::string&,
-                    const std::string&, const std::string&, const std::string&>(),
+                    const std::string&, const std::string&, const std::string&, bool>(),
            nb::arg("target"), nb::arg("worker_name") = "python", nb::arg("timeout") = 30.0,
            nb::kw_only(), nb::arg("tls_ca") = "", nb::arg("tls_cert") = "", nb::arg("tls_key") = "",
-           nb::arg("tls_server_name") = "")
+           nb::arg("tls_server_name") = "", nb::arg("several") = false)
       .def("open", &Connection::Open, nb::arg("request"))
       .def("release", &Connection::Release, nb::arg("handle"))
       .def("reconnect", &Connection::Reconnect, nb::arg("timeout"));

@@ -2,10 +2,9 @@
 
 import os
 import pathlib
+import re
 import signal
-import socket
 import subprocess
-import time
 from collections.abc import Sequence
 
 import pytest
@@ -24,36 +23,33 @@ def model_and_text() -> tuple[pathlib.Path, pathlib.Path]:
     return MODEL, TEXT
 
 
-def free_port() -> int:
-    with socket.socket() as s:
-        s.bind(("127.0.0.1", 0))
-        return s.getsockname()[1]
-
-
 class Server:
-    def __init__(self, program: str, arena: str = "256MiB", flags: Sequence[str] = ()):
+    """On ports that it chose itself; started anew, on the same."""
+
+    def __init__(self, program: str, arena: str = "256MiB", flags: Sequence[str] = (), *,
+                 host: str = "127.0.0.1", port: int = 0):
         self.program, self.arena, self.flags = program, arena, flags
-        self.port, self.admin_port = free_port(), free_port()
+        self.host, self.port, self.admin_port = host, port, 0
         self.start()
 
     @property
     def target(self) -> str:
-        return f"127.0.0.1:{self.port}"
+        return f"{self.host}:{self.port}"
 
     @property
     def admin_target(self) -> str:
-        return f"127.0.0.1:{self.admin_port}"
+        return f"{self.host}:{self.admin_port}"
 
     def start(self) -> None:
         self.process = subprocess.Popen(
             [self.program, f"--listen={self.target}", f"--admin_listen={self.admin_target}",
-             f"--arena_bytes={self.arena}", "--log_level=warning", *self.flags])
-        for _ in range(200):
-            with socket.socket() as s:
-                if s.connect_ex(("127.0.0.1", self.port)) == 0:
-                    return
-            time.sleep(0.05)
-        raise RuntimeError("the server did not start")
+             f"--arena_bytes={self.arena}", "--log_level=warning", "--drain_timeout_ms=1000", *self.flags],
+            stdout=subprocess.PIPE, text=True)
+        for line in self.process.stdout:
+            if match := re.match(r"listening on \S*:(\d+), admin on \S*:(\d+)", line):
+                self.port, self.admin_port = map(int, match.groups())
+                return
+        raise RuntimeError(f"the server did not start: {self.process.wait()}")
 
     def kill(self) -> None:
         self.process.kill()
@@ -78,3 +74,31 @@ def server(server_program):
     yield server
     if server.process.poll() is None:
         assert server.stop() == 0
+
+
+class Shards:
+    """Servers kv-0, kv-1 … and the list by which they know each other."""
+
+    def __init__(self, program: str, folder: pathlib.Path, count: int = 3):
+        self.file = folder / "shards"
+        self.file.write_text("".join(f"kv-{i} 127.0.0.1:1\n" for i in range(count)))
+        # Read whenever it has changed: the addresses are known when the servers have started.
+        self.servers = [Server(program, arena="64MiB", flags=[
+            f"--shards_file={self.file}", f"--shard_name=kv-{i}", "--build_threads=1", "--select_threads=1",
+            "--session_ttl_ms=2000"]) for i in range(count)]
+        fresh = self.file.with_suffix(".new")
+        fresh.write_text("".join(f"kv-{i} {server.target}\n" for i, server in enumerate(self.servers)))
+        fresh.rename(self.file)
+
+    @property
+    def target(self) -> str:
+        return ",".join(server.target for server in self.servers)
+
+
+@pytest.fixture
+def shards(server_program, tmp_path):
+    shards = Shards(server_program, tmp_path)
+    yield shards
+    for server in shards.servers:
+        if server.process.poll() is None:
+            assert server.stop() == 0

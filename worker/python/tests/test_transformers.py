@@ -10,6 +10,8 @@ pytest.importorskip("clusterkv._native")
 import clusterkv  # noqa: E402
 import clusterkv.transformers as ckv  # noqa: E402
 
+from test_shards import held, owner  # noqa: E402
+
 
 def tiny(**changes):
     torch.manual_seed(11)
@@ -78,6 +80,40 @@ def test_beam_search_and_foreign_models_are_refused_by_name(server):
         ckv.ClusterKVCache(transformers.GPT2Config(), server=server.target)
     with pytest.raises(clusterkv.UnsupportedError, match="sliding"):
         ckv.ClusterKVCache(transformers.MistralConfig(sliding_window=128), server=server.target)
+
+
+def test_the_rows_of_a_batch_lie_on_the_shards_that_own_them(shards):
+    model, ids = tiny(), prompt(rows=3)
+    name = next(f"hf-{i}" for i in range(1000) if {owner(f"hf-{i}-1-{row}") for row in range(3)} == {0, 1, 2})
+    cache = ckv.ClusterKVCache(model.config, server=shards.target, budget=4096, name=name)
+    assert torch.equal(greedy(model, ids, cache=cache), greedy(model, ids))
+    assert [len(names) for names in held(shards)] == [1, 1, 1]
+    cache.release()
+    assert [len(names) for names in held(shards)] == [0, 0, 0]
+
+
+class KillAfter(transformers.StoppingCriteria):
+    """Kills a server after a number of tokens."""
+
+    def __init__(self, server, tokens):
+        self.server, self.left = server, tokens
+
+    def __call__(self, input_ids, scores, **kwargs):
+        self.left -= 1
+        if self.left == 0:
+            self.server.kill()
+        return torch.zeros(len(input_ids), dtype=torch.bool)
+
+
+def test_a_lost_shard_is_recomputed_on_another(shards):
+    model, ids = tiny(), prompt()
+    plain = greedy(model, ids)
+    name = next(f"hf-{i}" for i in range(1000) if owner(f"hf-{i}-1-0") == owner(f"hf-{i}-2-0") == 1)
+    # A decode step waits for its server, `timeout` long, before it gives it up.
+    cache = ckv.ClusterKVCache(model.config, server=shards.target, budget=4096, name=name, timeout=3)
+    assert torch.equal(plain, ckv.generate(
+        model, cache, inputs=ids, attention_mask=torch.ones_like(ids), do_sample=False, max_new_tokens=24,
+        pad_token_id=0, on_loss="recompute", stopping_criteria=[KillAfter(shards.servers[1], 9)]))
 
 
 class RestartAfter(transformers.StoppingCriteria):

@@ -17,6 +17,8 @@ import clusterkv.vllm  # noqa: E402
 from clusterkv.vllm import backend, connector, prompts  # noqa: E402
 from vllm.distributed.kv_transfer.kv_connector.v1.base import KVConnectorBase_V1, KVConnectorRole  # noqa: E402
 
+from test_shards import held, owner  # noqa: E402
+
 LAYERS, HEADS, KV_HEADS, DIM, BLOCK, PROMPT = 3, 4, 2, 32, 16, 300
 NAMES = [f"model.layers.{i}.self_attn.attn" for i in range(LAYERS)]
 
@@ -202,6 +204,21 @@ def test_a_longer_prompt_attends_to_its_stored_prefix(server, tokens):
     check(outputs["longer"], tokens, PROMPT - 1, len(tokens))
     other = [tokens[0] + 1, *tokens[1:]]
     assert engine.add("other", other).computed == 0
+    engine.shutdown()
+
+
+def test_a_prompt_is_stored_on_its_shard_and_found_when_another_is_away(shards, tokens):
+    prompt = tokens[:PROMPT]
+    store(shards, prompt)
+    name, = set().union(*held(shards))
+    assert name in held(shards)[owner(name)]
+    shards.servers[(owner(name) + 1) % 3].kill()
+    engine = Engine(shards)
+    engine.add("d", prompt).tokens = tokens
+    for begin in range(PROMPT - 1, PROMPT + 3):
+        outputs, invalid = engine.step({"d": 1})
+        assert not invalid
+        check(outputs["d"], tokens, begin, begin + 1)
     engine.shutdown()
 
 

@@ -2,17 +2,21 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 
+from clusterkv.errors import ClusterKVError, make_error
 from clusterkv.v1 import cache_service_pb2 as pb
 from clusterkv.v1 import types_pb2 as types
 
 ELEMENT_TYPES = {"float32": types.ELEMENT_TYPE_FLOAT32, "float16": types.ELEMENT_TYPE_FLOAT16,
                  "bfloat16": types.ELEMENT_TYPE_BFLOAT16}
 CHUNK_BYTES = 1 << 20
+T = TypeVar("T")
+M = TypeVar("M", pb.OpenSequenceRequest, pb.AttachRequest)
 
 
 def element_type(array: Any) -> str:
@@ -109,6 +113,14 @@ def without_others(request: pb.OpenSequenceRequest, info: pb.ServerInfo) -> pb.O
     return here
 
 
+def with_session(request: M, session_id: int) -> M:
+    """The same request of a session."""
+    mine = type(request)()
+    mine.CopyFrom(request)
+    mine.session_id = session_id
+    return mine
+
+
 def select_request(sequence: Any, layer: int, queries: Any, *, budget: int | None = None,
                    state: bool = True, zones: bool = False) -> pb.SelectClustersRequest:
     item = pb.SelectItem(sequence=handle(sequence), layer=layer, queries=vector(queries))
@@ -116,6 +128,44 @@ def select_request(sequence: Any, layer: int, queries: Any, *, budget: int | Non
         item.select.budget_tokens = budget
     return pb.SelectClustersRequest(items=[item], want_state=state, want_zones=zones,
                                     state_type=types.ELEMENT_TYPE_FLOAT32)
+
+
+def peek(items: Iterable[T]) -> tuple[T | None, Iterator[T]]:
+    """The first of them, and all of them."""
+    rest = iter(items)
+    first = next(rest, None)
+    return first, rest if first is None else itertools.chain([first], rest)
+
+
+def batch_handles(request: pb.SelectClustersRequest) -> list[types.SequenceHandle]:
+    """Of each item, or of the shorthand for one."""
+    return [item.sequence for item in request.items] or [types.SequenceHandle(name=request.sequence)]
+
+
+def part_of(request: pb.SelectClustersRequest, which: list[int]) -> pb.SelectClustersRequest:
+    """The same request with some of its items."""
+    part = pb.SelectClustersRequest()
+    part.CopyFrom(request)
+    del part.items[:]
+    part.items.extend(request.items[i] for i in which)
+    return part
+
+
+def joined(request: pb.SelectClustersRequest,
+           parts: list[tuple[list[int], pb.SelectClustersResponse]]) -> pb.SelectClustersResponse:
+    """One answer from those to the parts: results in the order of the items."""
+    results: dict[int, pb.SelectResult] = {}
+    for which, response in parts:
+        results.update(zip(which, response.results))
+    return pb.SelectClustersResponse(
+        results=[results[i] for i in sorted(results)], request_id=request.request_id,
+        queue_us=max(response.queue_us for _, response in parts),
+        select_us=max(response.select_us for _, response in parts))
+
+
+def no_attachment(attachment_id: int) -> ClusterKVError:
+    return make_error("NOT_FOUND", "ATTACHMENT_NOT_FOUND", f"no attachment has the id {attachment_id}",
+                      {"attachmentId": str(attachment_id)})
 
 
 def grouped(records: Iterable[pb.RecordChunk]) -> dict[int, tuple[list[int], bytes]]:

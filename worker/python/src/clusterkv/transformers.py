@@ -27,7 +27,7 @@ from transformers.cache_utils import DynamicLayer
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
 
-from clusterkv import _calls
+from clusterkv import _calls, _shards
 from clusterkv.errors import StaleHandleError, UnavailableError, UnsupportedError
 from clusterkv.v1 import cache_service_pb2 as pb
 from clusterkv.v1 import types_pb2 as types
@@ -79,13 +79,14 @@ class _RemoteLayer(DynamicLayer):
 class ClusterKVCache(Cache):
     """A Transformers cache whose layers from ``dense_layers`` on lie in the service.
 
-    Arguments: ``server`` "host:port"; ``preset`` and ``budget`` (exact tokens per KV head, sinks included;
-    None: the preset's); ``codec`` "raw" or "k8v4"; ``hot_tokens``: what the decode side keeps of earlier
-    recalls, per KV head and layer; ``max_decode_tokens``: memory reserved for generated tokens;
-    ``index`` and ``select``: further fields of IndexConfig and SelectConfig; ``hot_policy``: "token_lru",
-    "cluster_lru" or "last_steps"; ``tls_ca``, ``tls_cert``, ``tls_key``: PEM files as for ``ckv``, the last
-    two where the server asks for a certificate; ``tls_server_name``: the name in the server's, if not the
-    target's host.
+    Arguments: ``server`` "host:port", or several as for ``clusterkv.Client`` (each row's sequence goes to the
+    one that owns its name); ``preset`` and ``budget`` (exact tokens per KV head, sinks included; None: the
+    preset's); ``codec`` "raw" or "k8v4"; ``hot_tokens``: what the decode side keeps of earlier recalls, per KV
+    head and layer; ``max_decode_tokens``: memory reserved for generated tokens; ``index`` and ``select``:
+    further fields of IndexConfig and SelectConfig; ``hot_policy``: "token_lru", "cluster_lru" or "last_steps";
+    ``timeout``: seconds of a call, and how long a step waits for a server that is away; ``tls_ca``,
+    ``tls_cert``, ``tls_key``: PEM files as for ``ckv``, the last two where the server asks for a certificate;
+    ``tls_server_name``: the name in the server's, if not the target's host.
 
     Raises UnsupportedError for models, layers and generation modes (beam search) that it cannot serve.
     """
@@ -106,7 +107,7 @@ class ClusterKVCache(Cache):
         self.query_heads = config.num_attention_heads
         self.head_dim = getattr(config, "head_dim", None) or config.hidden_size // self.query_heads
         self._native = _native
-        self._connection = _native.Connection(
+        self._connection = _shards.native_connection(
             server, worker_name="transformers", timeout=timeout, tls_ca=tls_ca, tls_cert=tls_cert,
             tls_key=tls_key, tls_server_name=tls_server_name)
         self._name = name or f"hf-{uuid.uuid4().hex[:12]}"
@@ -238,7 +239,7 @@ class ClusterKVCache(Cache):
         self._sequences = []
 
     def reconnect(self, timeout: float = 60.0) -> bool:
-        """Waits until the server answers again; True if it is a new process (its sequences are gone)."""
+        """Waits until the server answers again, of several any; True if its sequences are gone, or may be."""
         return self._connection.reconnect(timeout)
 
     def selected(self, layer_idx: int, row: int = 0) -> list[list[int]]:

@@ -61,7 +61,7 @@ class Directory:
         self._at = time.monotonic()
         try:
             self._states = {sequence.handle.name: sequence.state
-                            for sequence in self.client.list(self.namespace.prefix)}
+                            for sequence in self.client.list(self.namespace.prefix, whole=False)}
         except ClusterKVError:
             self._states = {}
         self._lengths = {int(name.split("/")[3]) for name in self._states}

@@ -16,7 +16,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from clusterkv import _calls
+from clusterkv import _calls, _shards
 from clusterkv.client import Client, tls
 from clusterkv.errors import AlreadyExistsError, ClusterKVError
 from clusterkv.v1 import cache_service_pb2 as pb
@@ -29,7 +29,7 @@ logger = logging.getLogger(__name__)
 class Options:
     """kv_connector_extra_config."""
 
-    server: str
+    server: str                  # "host:port", or several as for clusterkv.Client
     preset: str = "default"
     budget: int | None = None
     hot_tokens: int = 256
@@ -178,11 +178,9 @@ class Worker:
     # --- load and decode
 
     def _native(self) -> Any:
-        from clusterkv import _native
-
         if self._connection is None:
             options = self.options
-            self._connection = _native.Connection(
+            self._connection = _shards.native_connection(
                 options.server, worker_name="vllm", timeout=options.timeout, tls_ca=options.tls_ca,
                 tls_cert=options.tls_cert, tls_key=options.tls_key)
         return self._connection
@@ -219,7 +217,7 @@ class Worker:
         for call in (request, steady):
             if call is request and not clustered:
                 continue
-            for chunk in self._client._stream(self._client._cache.RecallClusters, call, None):
+            for chunk in self._client.recall_stream(call):
                 records = torch.frombuffer(bytearray(chunk.records), dtype=self.dtype).view(-1, 2 * dim)
                 rows[torch.tensor(chunk.positions, dtype=torch.long), chunk.kv_head] = records
                 found += len(chunk.positions)
