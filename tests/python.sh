@@ -46,7 +46,7 @@ make_venv() {
   [ -x build/python/venv/bin/python ] || python3 -m venv build/python/venv || return
   build/python/venv/bin/python -m pip install -q torch 'transformers>=5.0' 'safetensors>=0.4' \
     'grpcio>=1.60' 'grpcio-tools>=1.60' 'protobuf>=5' 'googleapis-common-protos>=1.63' \
-    'numpy>=1.24' 'pytest>=8' 'nanobind>=2.0' 'scikit-build-core>=0.10'
+    'numpy>=1.24' 'xxhash>=3' 'pytest>=8' 'nanobind>=2.0' 'scikit-build-core>=0.10'
 }
 
 # Beside the interpreter's packages, so that one which is shared stays as it is.

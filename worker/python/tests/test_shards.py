@@ -28,18 +28,6 @@ def name_of(shard: int, begin: str = "sequence") -> str:
     return next(name for name in (f"{begin}-{i}" for i in range(1000)) if owner(name) == shard)
 
 
-def test_the_hash_is_xxh3():
-    # Of the reference implementation: every way that it goes by length.
-    expected = {
-        0: 0x2D06800538D394C2, 1: 0xC44BDFF4074EECDB, 3: 0x5F4299FC161C9CBB,
-        8: 0x3A1C2D7C85AF88F8, 16: 0x8355E3A6F61770DB, 17: 0x9EF341A99DE37328,
-        128: 0x85C6174C7FF4C46B, 129: 0xEC7642B431BA3E5A, 240: 0x375A384D957FE865,
-        241: 0x02E8CD95421C6D02, 510: 0xB62DE6753CCD932B, 1025: 0x78C86E91EE939852,
-        2048: 0xDD420471FF96BD00}
-    for length, number in expected.items():
-        assert _placement.xxh3_64(bytes(i & 255 for i in range(length))) == number, length
-
-
 def test_python_and_the_native_worker_place_alike():
     native = pytest.importorskip("clusterkv._native")
     rng = random.Random(3)
