@@ -195,9 +195,9 @@ class Cluster:
         reports, out = [], self.folder / f"load-{time.monotonic()}.json"
         process = subprocess.Popen(
             [self.options.ghz, *self.ghz_tls(), "-O", "json", "-o", out, "-c", "4",
-             "--connections=2", f"--rps={rps}", f"--duration={seconds}s", "--duration-stop=wait", "--count-errors",
-             f"--call=clusterkv.v1.CacheService/{call}", "-d", data,
-             address], stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+             "--connections=2", f"--rps={rps}", f"--duration={seconds}s", "--duration-stop=wait",
+             "--count-errors", f"--call=clusterkv.v1.CacheService/{call}", "-d", data, address],
+            stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
         try:
             time.sleep(1)
             yield reports
@@ -222,15 +222,16 @@ class Cluster:
                 run("kubectl", "wait", "--for=condition=Established", "--timeout=30s",
                     f"crd/{plural}.monitoring.coreos.com")
         count = 0
-        for ci in chart_test.CI_VALUES:
+        files = sorted((chart_test.CHART / "ci").glob("*-values.yaml"))
+        for ci in files:
             # Without the test's pod: a pod is taken only where its service account is.
             rendered = run(chart_test.HELM, "template", "probe", chart_test.CHART, "-n", NAMESPACE,
                            "--no-hooks", f"--kube-version={chart_test.KUBE_VERSION}",
-                           f"--values={chart_test.CHART}/ci/{ci}-values.yaml")
+                           f"--values={ci}")
             taken = kubectl("apply", "--dry-run=server", "--validate=strict", "-f", "-",
                             stdin=rendered)
             count += taken.count("(server dry run)")
-        return f"{count} objects"
+        return f"{len(files)} files, {count} objects"
 
     def install(self):
         """helm install: three shards become ready"""
