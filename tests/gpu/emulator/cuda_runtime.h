@@ -4,7 +4,8 @@
 // on the include path, and its launchers then run here. Blocks of a thread-block cluster run
 // together, other blocks one after the other; __syncthreads, warp shuffles, votes and atomics
 // behave as on the device. Dynamic shared memory is poisoned before each block, and the order in
-// which threads run changes with each launch, so that a missing barrier shows. It says nothing
+// which threads run changes with each launch, so that a missing barrier shows; threads that meet at
+// barriers or shuffles of different lines, which a device may hang at, stop it. It says nothing
 // about speed, memory ordering between blocks, alignment faults or bank conflicts.
 //
 // Launches from several threads run one after the other. Streams and events do nothing: all is done
@@ -172,14 +173,20 @@ extern Thread* current;
 extern dim3 block_dim, grid_dim;
 extern int cluster_blocks;
 
+// The last parameters of barriers and exchanges: where in the source they are called. Threads that
+// meet must have come by the same place, or the program stops.
+#define CKV_EMULATOR_SITE const char *file = __builtin_FILE(), int line = __builtin_LINE()
+#define CKV_EMULATOR_SAME_SITE file, line
+
 unsigned char* SharedMemory();
 // That of block `rank` of the running thread's cluster.
 unsigned char* SharedMemoryOf(int rank);
-void SyncThreads();
-int SyncThreadsCount(bool vote);
-void SyncCluster();
+void SyncThreads(CKV_EMULATOR_SITE);
+int SyncThreadsCount(bool vote, CKV_EMULATOR_SITE);
+void SyncCluster(CKV_EMULATOR_SITE);
 // All lanes of `mask` exchange `words` 32-bit words: out receives every lane's, [32][words].
-void Exchange(uint32_t mask, const uint32_t* words, int count, uint32_t (*out)[8]);
+void Exchange(uint32_t mask, const uint32_t* words, int count, uint32_t (*out)[8],
+              CKV_EMULATOR_SITE);
 // Lets others run until *word is no longer what it is.
 void WaitForChange(const uint64_t* word);
 void Launch(dim3 grid, dim3 block, size_t shared_bytes, int cluster,
@@ -192,60 +199,66 @@ void Launch(dim3 grid, dim3 block, size_t shared_bytes, int cluster,
 #define blockDim (::cuda_emulator::block_dim)
 #define gridDim (::cuda_emulator::grid_dim)
 
-inline void __syncthreads() { cuda_emulator::SyncThreads(); }
-inline void __syncwarp(unsigned mask = 0xffffffffu) {
+inline void __syncthreads(CKV_EMULATOR_SITE) { cuda_emulator::SyncThreads(CKV_EMULATOR_SAME_SITE); }
+inline void __syncwarp(unsigned mask = 0xffffffffu, CKV_EMULATOR_SITE) {
   uint32_t out[32][8], word = 0;
-  cuda_emulator::Exchange(mask, &word, 1, out);
+  cuda_emulator::Exchange(mask, &word, 1, out, CKV_EMULATOR_SAME_SITE);
 }
 inline void __threadfence() {}
 inline void __threadfence_system() {}
 
 template <typename T>
-T EmulatorShuffle(unsigned mask, T value, int source) {
+T EmulatorShuffle(unsigned mask, T value, int source, const char* file, int line) {
   static_assert(sizeof(T) % 4 == 0 && sizeof(T) <= 8);
   uint32_t words[2], out[32][8];
   std::memcpy(words, &value, sizeof(T));
-  cuda_emulator::Exchange(mask, words, sizeof(T) / 4, out);
+  cuda_emulator::Exchange(mask, words, sizeof(T) / 4, out, CKV_EMULATOR_SAME_SITE);
   T result;
   std::memcpy(&result, out[source & 31], sizeof(T));
   return result;
 }
 template <typename T>
-T __shfl_sync(unsigned mask, T value, int source) {
-  return EmulatorShuffle(mask, value, source);
+T __shfl_sync(unsigned mask, T value, int source, CKV_EMULATOR_SITE) {
+  return EmulatorShuffle(mask, value, source, CKV_EMULATOR_SAME_SITE);
 }
 template <typename T>
-T __shfl_xor_sync(unsigned mask, T value, int x) {
-  return EmulatorShuffle(mask, value, cuda_emulator::current->lane ^ x);
+T __shfl_xor_sync(unsigned mask, T value, int x, CKV_EMULATOR_SITE) {
+  return EmulatorShuffle(mask, value, cuda_emulator::current->lane ^ x, CKV_EMULATOR_SAME_SITE);
 }
 template <typename T>
-T __shfl_up_sync(unsigned mask, T value, int d) {
+T __shfl_up_sync(unsigned mask, T value, int d, CKV_EMULATOR_SITE) {
   const int lane = cuda_emulator::current->lane;
-  return EmulatorShuffle(mask, value, lane < d ? lane : lane - d);
+  return EmulatorShuffle(mask, value, lane < d ? lane : lane - d, CKV_EMULATOR_SAME_SITE);
 }
 template <typename T>
-T __shfl_down_sync(unsigned mask, T value, int d) {
+T __shfl_down_sync(unsigned mask, T value, int d, CKV_EMULATOR_SITE) {
   const int lane = cuda_emulator::current->lane;
-  return EmulatorShuffle(mask, value, lane + d > 31 ? lane : lane + d);
+  return EmulatorShuffle(mask, value, lane + d > 31 ? lane : lane + d, CKV_EMULATOR_SAME_SITE);
 }
-inline unsigned __ballot_sync(unsigned mask, bool predicate) {
+inline unsigned __ballot_sync(unsigned mask, bool predicate, CKV_EMULATOR_SITE) {
   uint32_t out[32][8], word = predicate;
-  cuda_emulator::Exchange(mask, &word, 1, out);
+  cuda_emulator::Exchange(mask, &word, 1, out, CKV_EMULATOR_SAME_SITE);
   unsigned ballot = 0;
   for (int i = 0; i < 32; ++i) {
     if ((mask >> i & 1u) && out[i][0]) ballot |= 1u << i;
   }
   return ballot;
 }
-inline bool __any_sync(unsigned mask, bool p) { return __ballot_sync(mask, p) != 0; }
-inline bool __all_sync(unsigned mask, bool p) { return __ballot_sync(mask, p) == mask; }
-inline int __syncthreads_count(bool p) { return cuda_emulator::SyncThreadsCount(p); }
+inline bool __any_sync(unsigned mask, bool p, CKV_EMULATOR_SITE) {
+  return __ballot_sync(mask, p, CKV_EMULATOR_SAME_SITE) != 0;
+}
+inline bool __all_sync(unsigned mask, bool p, CKV_EMULATOR_SITE) {
+  return __ballot_sync(mask, p, CKV_EMULATOR_SAME_SITE) == mask;
+}
+inline int __syncthreads_count(bool p, CKV_EMULATOR_SITE) {
+  return cuda_emulator::SyncThreadsCount(p, CKV_EMULATOR_SAME_SITE);
+}
 template <typename T>
-unsigned __match_any_sync(unsigned mask, T value) {
+unsigned __match_any_sync(unsigned mask, T value, CKV_EMULATOR_SITE) {
   static_assert(sizeof(T) == 4);
   uint32_t out[32][8], word;
   std::memcpy(&word, &value, 4);
-  cuda_emulator::Exchange(mask, &word, 1, out);
+  cuda_emulator::Exchange(mask, &word, 1, out, CKV_EMULATOR_SAME_SITE);
   unsigned same = 0;
   for (int i = 0; i < 32; ++i) {
     if ((mask >> i & 1u) && out[i][0] == word) same |= 1u << i;

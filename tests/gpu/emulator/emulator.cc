@@ -24,6 +24,9 @@ constexpr size_t kSharedGuard = 4096;
 struct Barrier {
   int arrived = 0;
   uint64_t generation = 0;
+  // Where those who have arrived came from.
+  const char* file = nullptr;
+  int line = 0;
 };
 
 struct Fiber {
@@ -101,7 +104,21 @@ void FiberMain() {
   std::abort();
 }
 
-void Wait(Barrier& barrier, int expected) {
+// Stops the program if the threads at the barrier have not come by the same line.
+void CheckSite(Barrier& barrier, const char* file, int line) {
+  if (barrier.arrived == 0) {
+    barrier.file = file;
+    barrier.line = line;
+  } else if (barrier.line != line || std::strcmp(barrier.file, file) != 0) {
+    const dim3& at = current->thread_idx;
+    std::fprintf(stderr, "cuda emulator: thread (%u, %u, %u) at %s:%d, others at %s:%d\n", at.x,
+                 at.y, at.z, file, line, barrier.file, barrier.line);
+    std::abort();
+  }
+}
+
+void Wait(Barrier& barrier, int expected, const char* file, int line) {
+  CheckSite(barrier, file, line);
   if (++barrier.arrived == expected) {
     barrier.arrived = 0;
     ++barrier.generation;
@@ -192,24 +209,25 @@ unsigned char* SharedMemory() { return SharedOf(blocks[current->block_in_cluster
 
 unsigned char* SharedMemoryOf(int rank) { return SharedOf(blocks[rank]); }
 
-void SyncThreads() {
+void SyncThreads(const char* file, int line) {
   Block& block = blocks[current->block_in_cluster];
-  Wait(block.barrier, block.live);
+  Wait(block.barrier, block.live, file, line);
 }
 
-int SyncThreadsCount(bool vote) {
+int SyncThreadsCount(bool vote, const char* file, int line) {
   Block& block = blocks[current->block_in_cluster];
-  SyncThreads();
+  SyncThreads(file, line);
   block.votes = 0;
-  SyncThreads();
+  SyncThreads(file, line);
   block.votes += vote;
-  SyncThreads();
+  SyncThreads(file, line);
   return block.votes;
 }
 
-void SyncCluster() { Wait(cluster_barrier, cluster_live); }
+void SyncCluster(const char* file, int line) { Wait(cluster_barrier, cluster_live, file, line); }
 
-void Exchange(uint32_t mask, const uint32_t* words, int count, uint32_t (*out)[8]) {
+void Exchange(uint32_t mask, const uint32_t* words, int count, uint32_t (*out)[8], const char* file,
+              int line) {
   Warp& warp = blocks[current->block_in_cluster].warps[current->warp];
   const int lane = current->lane;
   const int expected = __builtin_popcount(mask);
@@ -218,11 +236,11 @@ void Exchange(uint32_t mask, const uint32_t* words, int count, uint32_t (*out)[8
     std::abort();
   }
   std::memcpy(warp.slots[lane], words, sizeof(uint32_t) * count);
-  Wait(warp.barriers[mask], expected);
+  Wait(warp.barriers[mask], expected, file, line);
   for (int i = 0; i < 32; ++i) {
     std::memcpy(out[i], warp.slots[mask >> i & 1u ? i : lane], sizeof(uint32_t) * count);
   }
-  Wait(warp.barriers[mask], expected);
+  Wait(warp.barriers[mask], expected, file, line);
 }
 
 void WaitForChange(const uint64_t* word) {
