@@ -99,6 +99,10 @@ struct DecodeSession::Impl {
   absl::Status Recover(const absl::Status& failure, Layer* layer);
   void Abandon(Layer* layer);
 
+  // `output` may be empty: recalls only.
+  absl::Status CheckQueries(int64_t index, absl::Span<const std::byte> queries) const;
+  absl::Status Step(int64_t index, absl::Span<const std::byte> queries, absl::Span<float> output,
+                    StepFigures* figures);
   absl::Status TryStep(int64_t index, absl::Span<const std::byte> queries, absl::Span<float> output,
                        StepFigures* figures);
   void MakeRequest(int64_t index, absl::Span<const std::byte> queries);
@@ -603,7 +607,7 @@ absl::Status DecodeSession::Impl::TryStep(int64_t index, absl::Span<const std::b
   Layer& layer = layers[index];
   MakeRequest(index, queries);
   CKV_RETURN_IF_ERROR(Exchange(&layer, index, figures));
-  CKV_RETURN_IF_ERROR(Attend(layer, queries, output));
+  if (!output.empty()) CKV_RETURN_IF_ERROR(Attend(layer, queries, output));
   ++layer.step;
   layer.reset = false;
   figures->exact_tokens = layer.cache.exact_tokens();
@@ -661,25 +665,58 @@ absl::Status DecodeSession::Append(int64_t layer, absl::Span<const std::byte> ke
 
 absl::Status DecodeSession::Flush() { return impl_->Flush(); }
 
-absl::Status DecodeSession::Step(int64_t layer, absl::Span<const std::byte> queries,
-                                 absl::Span<float> output, StepFigures* figures) {
-  CKV_RETURN_IF_ERROR(impl_->CheckLayer(layer));
-  const int64_t elements = impl_->query_heads * impl_->head_dim;
-  const int64_t query_bytes = elements * kernels::ElementBytes(impl_->type);
-  if (static_cast<int64_t>(queries.size()) != query_bytes ||
-      static_cast<int64_t>(output.size()) != elements) {
-    return Error(v1::SHAPE_MISMATCH,
-                 absl::StrCat("queries, output: expected ", query_bytes, " bytes and ", elements,
-                              " numbers, got ", queries.size(), " and ", output.size()));
-  }
+absl::Status DecodeSession::Impl::CheckQueries(int64_t index,
+                                               absl::Span<const std::byte> queries) const {
+  CKV_RETURN_IF_ERROR(CheckLayer(index));
+  const int64_t query_bytes = query_heads * head_dim * kernels::ElementBytes(type);
+  if (static_cast<int64_t>(queries.size()) == query_bytes) return absl::OkStatus();
+  return Error(v1::SHAPE_MISMATCH,
+               absl::StrCat("queries: expected ", query_bytes, " bytes, got ", queries.size()));
+}
+
+absl::Status DecodeSession::Impl::Step(int64_t index, absl::Span<const std::byte> queries,
+                                       absl::Span<float> output, StepFigures* figures) {
   StepFigures unwanted;
   StepFigures* const told = figures != nullptr ? figures : &unwanted;
-  absl::Status first = impl_->TryStep(layer, queries, output, told);
+  absl::Status first = TryStep(index, queries, output, told);
   if (first.ok()) return first;
-  CKV_RETURN_IF_ERROR(impl_->Recover(first, &impl_->layers[layer]));
-  absl::Status second = impl_->TryStep(layer, queries, output, told);
-  if (!second.ok()) impl_->Abandon(&impl_->layers[layer]);
+  CKV_RETURN_IF_ERROR(Recover(first, &layers[index]));
+  absl::Status second = TryStep(index, queries, output, told);
+  if (!second.ok()) Abandon(&layers[index]);
   return second;
+}
+
+absl::Status DecodeSession::Step(int64_t layer, absl::Span<const std::byte> queries,
+                                 absl::Span<float> output, StepFigures* figures) {
+  CKV_RETURN_IF_ERROR(impl_->CheckQueries(layer, queries));
+  const int64_t elements = impl_->query_heads * impl_->head_dim;
+  if (static_cast<int64_t>(output.size()) != elements) {
+    return Error(v1::SHAPE_MISMATCH,
+                 absl::StrCat("output: expected ", elements, " numbers, got ", output.size()));
+  }
+  return impl_->Step(layer, queries, output, figures);
+}
+
+absl::Status DecodeSession::Recall(int64_t layer, absl::Span<const std::byte> queries,
+                                   StepFigures* figures) {
+  CKV_RETURN_IF_ERROR(impl_->CheckQueries(layer, queries));
+  return impl_->Step(layer, queries, {}, figures);
+}
+
+absl::Status DecodeSession::Attend(int64_t layer, absl::Span<const std::byte> queries,
+                                   absl::Span<float> output) {
+  CKV_RETURN_IF_ERROR(impl_->CheckQueries(layer, queries));
+  return impl_->Attend(impl_->layers[layer], queries, output);
+}
+
+DecodeSession::Recalled DecodeSession::recalled(int64_t layer) const {
+  const Layer& of = impl_->layers[layer];
+  return {&of.steady,
+          &of.cache,
+          impl_->state_output,
+          impl_->state_lse,
+          impl_->correction_codes,
+          impl_->correction_log_scales};
 }
 
 const std::vector<std::vector<int32_t>>& DecodeSession::last_positions(int64_t layer) const {

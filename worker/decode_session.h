@@ -15,6 +15,8 @@
 #include "absl/time/time.h"
 #include "absl/types/span.h"
 #include "worker/client.h"
+#include "worker/layer_cache.h"
+#include "worker/steady_rows.h"
 
 namespace clusterkv::worker {
 
@@ -82,6 +84,22 @@ class DecodeSession {
   // only.
   absl::Status Step(int64_t layer, absl::Span<const std::byte> queries, absl::Span<float> output,
                     StepFigures* figures);
+
+  // Step in two, for callers that attend themselves (engine.h): what the service answers, and
+  // attention to it on the host. Errors of Recall: as Step's; Attend, before the session's next
+  // call, only ends in INTERNAL_ERROR.
+  absl::Status Recall(int64_t layer, absl::Span<const std::byte> queries, StepFigures* figures);
+  absl::Status Attend(int64_t layer, absl::Span<const std::byte> queries, absl::Span<float> output);
+
+  // What the layer's last Recall brought, and what is held besides. Valid until the next call.
+  struct Recalled {
+    const SteadyRows* steady = nullptr;               // sinks and window
+    const LayerCache* cache = nullptr;                // records of the exact tokens
+    absl::Span<const float> state_output, state_lse;  // [query_heads, head_dim], [query_heads]
+    absl::Span<const int8_t> correction_codes;        // [query_heads, head_dim], or empty
+    absl::Span<const float> correction_log_scales;    // [query_heads], or empty
+  };
+  Recalled recalled(int64_t layer) const;
 
   // The exact tokens of the layer's last Step: positions per KV head (sinks and window left out).
   const std::vector<std::vector<int32_t>>& last_positions(int64_t layer) const;

@@ -1,0 +1,440 @@
+#include "worker/engine.h"
+
+#include <algorithm>
+#include <atomic>
+#include <condition_variable>
+#include <deque>
+#include <functional>
+#include <mutex>
+#include <thread>
+#include <utility>
+#include <vector>
+
+#include "absl/strings/str_cat.h"
+#include "kernels/base/element_type.h"
+#include "kernels/base/status_macros.h"
+#include "proto/error.h"
+#include "worker/shards.h"
+
+namespace clusterkv::worker {
+namespace {
+
+// One thread that runs what it is given, in order.
+class Lane {
+ public:
+  Lane() : thread_([this] { Run(); }) {}
+  ~Lane() {
+    {
+      const std::lock_guard<std::mutex> lock(mutex_);
+      stopping_ = true;
+    }
+    changed_.notify_one();
+    thread_.join();
+  }
+  void Push(std::function<void()> job) {
+    {
+      const std::lock_guard<std::mutex> lock(mutex_);
+      jobs_.push_back(std::move(job));
+    }
+    changed_.notify_one();
+  }
+
+ private:
+  void Run() {
+    std::unique_lock<std::mutex> lock(mutex_);
+    while (true) {
+      changed_.wait(lock, [this] { return stopping_ || !jobs_.empty(); });
+      if (jobs_.empty()) return;  // stopping
+      const std::function<void()> job = std::move(jobs_.front());
+      jobs_.pop_front();
+      lock.unlock();
+      job();
+      lock.lock();
+    }
+  }
+
+  std::mutex mutex_;
+  std::condition_variable changed_;
+  std::deque<std::function<void()>> jobs_;
+  bool stopping_ = false;
+  std::thread thread_;  // last: it uses the others
+};
+
+const char* LinkName(v1::Link link) {
+  return link == v1::LINK_PEER ? "peer" : link == v1::LINK_NCCL ? "nccl" : "grpc";
+}
+
+absl::Status NotAttached(const v1::Sequence& sequence) {
+  return Error(v1::SEQUENCE_NOT_READY,
+               absl::StrCat("sequence ", sequence.handle().name(), ": expected it attached"));
+}
+
+}  // namespace
+
+class EngineSequence {
+ public:
+  // A job of the sequence is handed over.
+  void Enter() {
+    const std::lock_guard<std::mutex> lock(mutex);
+    ++pending;
+  }
+  // It is done. untold: nobody else hears of the failure.
+  void Leave(const absl::Status& status, bool untold) {
+    const std::lock_guard<std::mutex> lock(mutex);
+    if (untold && failure.ok()) failure = status;
+    if (--pending == 0) idle.notify_all();
+  }
+  void WaitUntilIdle() {
+    std::unique_lock<std::mutex> lock(mutex);
+    idle.wait(lock, [this] { return pending == 0; });
+  }
+  absl::Status TakeFailure() {
+    const std::lock_guard<std::mutex> lock(mutex);
+    if (!lost.ok()) return lost;
+    return std::exchange(failure, absl::OkStatus());
+  }
+  void Lose(const absl::Status& status) {
+    const std::lock_guard<std::mutex> lock(mutex);
+    if (lost.ok()) lost = status;
+  }
+
+  Client* client = nullptr;
+  Lane* lane = nullptr;
+  v1::Sequence sequence;
+  std::unique_ptr<PrefillWriter> writer;   // while it is filled
+  std::unique_ptr<DecodeSession> session;  // while it is attached
+  std::unique_ptr<EngineLayers> layers;
+  int64_t query_bytes = 0, row_bytes = 0, kv_heads = 0;
+  std::vector<std::shared_ptr<std::byte>> queries;  // [layers]: of the step under way
+
+ private:
+  std::mutex mutex;
+  std::condition_variable idle;
+  int64_t pending = 0;
+  absl::Status failure;  // the first that was not told
+  absl::Status lost;     // why it can never be right again
+};
+
+struct Engine::Impl {
+  // Lanes end before what their jobs use.
+  ~Impl() {
+    for (const auto& sequence : sequences) sequence->WaitUntilIdle();
+    lanes.clear();
+    sequences.clear();
+  }
+
+  absl::StatusOr<EngineSequence*> Add(Client* client, v1::Sequence sequence);
+  void Remove(EngineSequence* sequence);
+  absl::Status AttachTo(EngineSequence* of);
+  absl::Status CheckLayer(const EngineSequence& of, int64_t layer) const;
+  // Rows as a Gather wants them.
+  EngineRows RowsOf(const EngineSequence& of, const void* data, const EngineKv& kv,
+                    int64_t tokens) const;
+  absl::Status Append(EngineSequence* of, int64_t layer, const EngineKv& kv, EngineStream stream);
+  absl::Status BeginStep(EngineSequence* of, int64_t layer, const void* queries,
+                         EngineStream stream);
+
+  EngineOptions options;
+  std::unique_ptr<EngineDevice> device;
+  std::unique_ptr<Shards> shards;
+  std::atomic<int64_t> staged_bytes{0};
+  std::mutex mutex;
+  std::vector<std::unique_ptr<EngineSequence>> sequences;
+  size_t next_lane = 0;
+  std::vector<std::unique_ptr<Lane>> lanes;
+};
+
+absl::StatusOr<EngineSequence*> Engine::Impl::Add(Client* client, v1::Sequence sequence) {
+  auto added = std::make_unique<EngineSequence>();
+  const v1::KvShape& shape = sequence.shape();
+  const int64_t element_bytes =
+      kernels::ElementBytes(static_cast<kernels::ElementType>(shape.element_type()));
+  added->client = client;
+  added->kv_heads = shape.kv_heads();
+  added->row_bytes = shape.head_dim() * element_bytes;
+  added->query_bytes = shape.query_heads() * added->row_bytes;
+  added->sequence = std::move(sequence);
+  const std::lock_guard<std::mutex> lock(mutex);
+  added->lane = lanes[next_lane++ % lanes.size()].get();
+  sequences.push_back(std::move(added));
+  return sequences.back().get();
+}
+
+void Engine::Impl::Remove(EngineSequence* sequence) {
+  std::unique_ptr<EngineSequence> removed;  // dies, and talks to the service, outside of the lock
+  const std::lock_guard<std::mutex> lock(mutex);
+  const auto at = std::find_if(sequences.begin(), sequences.end(),
+                               [&](const auto& of) { return of.get() == sequence; });
+  if (at == sequences.end()) return;
+  removed = std::move(*at);
+  sequences.erase(at);
+}
+
+absl::Status Engine::Impl::AttachTo(EngineSequence* of) {
+  CKV_ASSIGN_OR_RETURN(of->session,
+                       DecodeSession::Attach(of->client, of->sequence.handle(), options.decode));
+  of->sequence = of->session->sequence();
+  CKV_ASSIGN_OR_RETURN(of->layers, device->MakeLayers(*of->session, options.output_type));
+  of->queries.resize(of->sequence.shape().layers());
+  for (std::shared_ptr<std::byte>& queries : of->queries) {
+    CKV_ASSIGN_OR_RETURN(queries, device->Staging(of->query_bytes));
+  }
+  return absl::OkStatus();
+}
+
+absl::Status Engine::Impl::CheckLayer(const EngineSequence& of, int64_t layer) const {
+  const int64_t layers = of.sequence.shape().layers();
+  if (layer >= 0 && layer < layers) return absl::OkStatus();
+  return Error(v1::LAYER_OUT_OF_RANGE,
+               absl::StrCat("layer: expected 0 to ", layers - 1, ", got ", layer));
+}
+
+EngineRows Engine::Impl::RowsOf(const EngineSequence& of, const void* data, const EngineKv& kv,
+                                int64_t tokens) const {
+  EngineRows rows = {
+      data, tokens, of.kv_heads, of.row_bytes, kv.token_stride_bytes, kv.head_stride_bytes};
+  if (rows.head_stride_bytes == 0) rows.head_stride_bytes = of.row_bytes;
+  if (rows.token_stride_bytes == 0) rows.token_stride_bytes = of.kv_heads * of.row_bytes;
+  return rows;
+}
+
+absl::Status Engine::Impl::Append(EngineSequence* of, int64_t layer, const EngineKv& kv,
+                                  EngineStream stream) {
+  CKV_RETURN_IF_ERROR(of->TakeFailure());
+  if (of->session == nullptr) return NotAttached(of->sequence);
+  CKV_RETURN_IF_ERROR(CheckLayer(*of, layer));
+  const EngineRows keys = RowsOf(*of, kv.keys, kv, 1), values = RowsOf(*of, kv.values, kv, 1);
+  const int64_t bytes = of->kv_heads * of->row_bytes;
+  CKV_ASSIGN_OR_RETURN(const std::shared_ptr<std::byte> staged, device->Staging(2 * bytes));
+  CKV_RETURN_IF_ERROR(device->Gather(keys, staged.get(), stream));
+  CKV_RETURN_IF_ERROR(device->Gather(values, staged.get() + bytes, stream));
+  CKV_RETURN_IF_ERROR(of->layers->Append(layer, keys, values, stream));
+  const bool waits = device->synchronous();
+  auto result = std::make_shared<absl::Status>();
+  of->Enter();
+  const absl::Status handed = device->Then(stream, [=] {
+    of->lane->Push([=] {
+      const auto row = static_cast<size_t>(bytes);
+      *result = of->session->Append(layer, absl::MakeConstSpan(staged.get(), row),
+                                    absl::MakeConstSpan(staged.get() + bytes, row));
+      if (!waits && !result->ok()) of->Lose(*result);
+      of->Leave(*result, !waits);
+    });
+  });
+  if (!handed.ok()) {
+    of->Leave(handed, false);
+    return handed;
+  }
+  if (!waits) return absl::OkStatus();
+  of->WaitUntilIdle();
+  return *result;
+}
+
+absl::Status Engine::Impl::BeginStep(EngineSequence* of, int64_t layer, const void* queries,
+                                     EngineStream stream) {
+  CKV_RETURN_IF_ERROR(of->TakeFailure());
+  if (of->session == nullptr) return NotAttached(of->sequence);
+  CKV_RETURN_IF_ERROR(CheckLayer(*of, layer));
+  std::byte* const staged = of->queries[layer].get();
+  CKV_RETURN_IF_ERROR(device->Gather(
+      {queries, 1, 1, of->query_bytes, of->query_bytes, of->query_bytes}, staged, stream));
+  of->Enter();
+  of->layers->Begin(layer, stream);
+  const bool untold = !device->synchronous();
+  const absl::Status handed = device->Then(stream, [=] {
+    of->lane->Push([=] {
+      const auto bytes = static_cast<size_t>(of->query_bytes);
+      const absl::Status recalled =
+          of->session->Recall(layer, absl::MakeConstSpan(staged, bytes), nullptr);
+      of->layers->Publish(layer, staged, of->session.get(), recalled);
+      of->Leave(recalled, untold);
+    });
+  });
+  if (handed.ok()) return handed;
+  of->layers->Publish(layer, staged, of->session.get(), handed);
+  of->Leave(handed, false);
+  return handed;
+}
+
+Engine::Engine(std::unique_ptr<Impl> impl) : impl_(std::move(impl)) {}
+Engine::~Engine() = default;
+
+absl::StatusOr<std::unique_ptr<Engine>> Engine::Open(const EngineOptions& options) {
+  if (options.threads < 1 || options.staging_bytes < 1) {
+    return Error(v1::INVALID_FIELD, absl::StrCat("threads, staging_bytes: expected 1 or more, got ",
+                                                 options.threads, ", ", options.staging_bytes));
+  }
+  auto impl = std::make_unique<Impl>();
+  impl->options = options;
+  impl->options.decode.device = options.device;
+  if (options.output_type == v1::ELEMENT_TYPE_UNSPECIFIED) {
+    impl->options.output_type = v1::ELEMENT_TYPE_FLOAT32;
+  }
+  CKV_ASSIGN_OR_RETURN(impl->device, MakeEngineDevice(options.device, options.step_timeout));
+  CKV_ASSIGN_OR_RETURN(impl->shards, Shards::Connect(options.target, options.client));
+  for (int i = 0; i < options.threads; ++i) impl->lanes.push_back(std::make_unique<Lane>());
+  return std::unique_ptr<Engine>(new Engine(std::move(impl)));
+}
+
+absl::StatusOr<EngineSequence*> Engine::Create(const v1::OpenSequenceRequest& request) {
+  CKV_ASSIGN_OR_RETURN(PlacedSequence placed, impl_->shards->OpenSequence(request));
+  CKV_ASSIGN_OR_RETURN(
+      auto writer, PrefillWriter::Create(placed.client, placed.sequence, impl_->options.prefill));
+  CKV_ASSIGN_OR_RETURN(EngineSequence* const added,
+                       impl_->Add(placed.client, std::move(placed.sequence)));
+  added->writer = std::move(writer);
+  return added;
+}
+
+absl::Status Engine::Ingest(EngineSequence* of, int64_t layer, int64_t first_token, int64_t tokens,
+                            const EngineKv& kv, absl::Span<const float> query_rms,
+                            EngineStream stream) {
+  CKV_RETURN_IF_ERROR(of->TakeFailure());
+  if (of->writer == nullptr) {
+    return Error(v1::SEQUENCE_NOT_READY, absl::StrCat("sequence ", of->sequence.handle().name(),
+                                                      ": expected one that is filled here"));
+  }
+  CKV_RETURN_IF_ERROR(impl_->CheckLayer(*of, layer));
+  const int64_t prompt = of->sequence.prompt_tokens();
+  if (first_token < 0 || tokens < 1 || first_token > prompt || tokens > prompt - first_token) {
+    return Error(v1::TOKENS_OUT_OF_RANGE, absl::StrCat("tokens: expected some of 0 to ", prompt,
+                                                       ", got ", tokens, " from ", first_token));
+  }
+  const int64_t bytes = tokens * of->kv_heads * of->row_bytes;
+  std::atomic<int64_t>* const staged_bytes = &impl_->staged_bytes;
+  const int64_t before = staged_bytes->fetch_add(2 * bytes);
+  const auto give_back = [=] { staged_bytes->fetch_sub(2 * bytes); };
+  if (before > 0 && before + 2 * bytes > impl_->options.staging_bytes) {
+    give_back();
+    return Error(v1::LIMIT_EXCEEDED,
+                 absl::StrCat("staging_bytes: expected up to ", impl_->options.staging_bytes,
+                              ", got ", before + 2 * bytes),
+                 {{"limit", "staging_bytes"}});
+  }
+  EngineDevice& device = *impl_->device;
+  absl::StatusOr<std::shared_ptr<std::byte>> staging = device.Staging(2 * bytes);
+  absl::Status handed = staging.status();
+  if (handed.ok()) {
+    handed = device.Gather(impl_->RowsOf(*of, kv.keys, kv, tokens), staging->get(), stream);
+  }
+  if (handed.ok()) {
+    handed =
+        device.Gather(impl_->RowsOf(*of, kv.values, kv, tokens), staging->get() + bytes, stream);
+  }
+  if (!handed.ok()) {
+    give_back();
+    return handed;
+  }
+  of->Enter();
+  std::vector<float> rms(query_rms.begin(), query_rms.end());
+  handed = device.Then(stream, [=, rows = *std::move(staging)] {
+    of->lane->Push([=] {
+      const auto size = static_cast<size_t>(bytes);
+      absl::Status put = of->writer->WaitForRoom(2 * bytes);
+      if (put.ok()) {
+        put = of->writer->Put(layer, first_token, tokens, absl::MakeConstSpan(rows.get(), size),
+                              absl::MakeConstSpan(rows.get() + bytes, size), rms);
+      }
+      give_back();
+      of->Leave(put, true);
+    });
+  });
+  if (handed.ok()) return handed;
+  give_back();
+  of->Leave(handed, false);
+  return handed;
+}
+
+absl::Status Engine::Seal(EngineSequence* of) {
+  of->WaitUntilIdle();
+  CKV_RETURN_IF_ERROR(of->TakeFailure());
+  if (of->writer == nullptr) {
+    return Error(v1::SEQUENCE_NOT_READY, absl::StrCat("sequence ", of->sequence.handle().name(),
+                                                      ": expected one that is filled here"));
+  }
+  CKV_ASSIGN_OR_RETURN(of->sequence, of->writer->Finish());
+  of->writer.reset();
+  return absl::OkStatus();
+}
+
+absl::Status Engine::Attach(EngineSequence* of) {
+  CKV_RETURN_IF_ERROR(of->TakeFailure());
+  if (of->writer != nullptr || of->session != nullptr) {
+    return Error(v1::SEQUENCE_NOT_READY, absl::StrCat("sequence ", of->sequence.handle().name(),
+                                                      ": expected one sealed and not attached"));
+  }
+  const absl::Status attached = impl_->AttachTo(of);
+  if (!attached.ok()) {
+    of->layers.reset();
+    of->session.reset();
+  }
+  return attached;
+}
+
+absl::StatusOr<EngineSequence*> Engine::Attach(const v1::SequenceHandle& handle) {
+  CKV_ASSIGN_OR_RETURN(PlacedSequence placed, impl_->shards->FindSequence(handle));
+  CKV_ASSIGN_OR_RETURN(EngineSequence* const added,
+                       impl_->Add(placed.client, std::move(placed.sequence)));
+  const absl::Status attached = Attach(added);
+  if (attached.ok()) return added;
+  impl_->Remove(added);
+  return attached;
+}
+
+absl::Status Engine::Append(int64_t layer, absl::Span<const EngineAppend> batch,
+                            EngineStream stream) {
+  absl::Status first;
+  for (const EngineAppend& append : batch) {
+    first.Update(impl_->Append(append.sequence, layer, append.kv, stream));
+  }
+  return first;
+}
+
+absl::Status Engine::Step(int64_t layer, absl::Span<const EngineStep> batch, EngineStream stream) {
+  std::vector<absl::Status> begun(batch.size());
+  for (size_t i = 0; i < batch.size(); ++i) {
+    begun[i] = impl_->BeginStep(batch[i].sequence, layer, batch[i].queries, stream);
+  }
+  absl::Status first;
+  for (size_t i = 0; i < batch.size(); ++i) {
+    const EngineStep& step = batch[i];
+    absl::Status status = begun[i];
+    if (status.ok()) status = step.sequence->layers->Attend(layer, step.output, stream);
+    first.Update(status);
+    if (step.status != nullptr) *step.status = std::move(status);
+  }
+  return first;
+}
+
+absl::Status Engine::Wait(EngineSequence* of) {
+  of->WaitUntilIdle();
+  return of->TakeFailure();
+}
+
+absl::Status Engine::Close(EngineSequence* of) {
+  of->WaitUntilIdle();
+  absl::Status status = of->TakeFailure();
+  if (of->session != nullptr) status.Update(of->session->Flush());
+  impl_->Remove(of);
+  return status;
+}
+
+absl::Status Engine::Release(EngineSequence* of) {
+  of->WaitUntilIdle();
+  const v1::SequenceHandle handle = of->sequence.handle();
+  Client* const client = of->client;
+  impl_->Remove(of);
+  return client->ReleaseSequence(handle);
+}
+
+const v1::Sequence& Engine::sequence(const EngineSequence& sequence) { return sequence.sequence; }
+
+std::string Engine::link(const EngineSequence& sequence) {
+  return sequence.session == nullptr ? "" : LinkName(sequence.session->link());
+}
+
+std::string Engine::link_reason(const EngineSequence& sequence) {
+  return sequence.session == nullptr ? "" : sequence.session->link_reason();
+}
+
+}  // namespace clusterkv::worker

@@ -1,0 +1,80 @@
+// The seam between an engine's pointers and the rest of the worker: host memory, or a GPU's.
+//
+// Engine (engine.h) is the same code over both. With host memory a stream's work is done when the
+// call that asked for it returns; on a GPU it is done when the stream comes to it, and nothing here
+// waits for a stream of the caller's.
+#ifndef CLUSTERKV_WORKER_ENGINE_DEVICE_H_
+#define CLUSTERKV_WORKER_ENGINE_DEVICE_H_
+
+#include <cstddef>
+#include <cstdint>
+#include <functional>
+#include <memory>
+#include <string>
+
+#include "absl/status/status.h"
+#include "absl/status/statusor.h"
+#include "absl/time/time.h"
+#include "worker/decode_session.h"
+
+namespace clusterkv::worker {
+
+using EngineStream = void*;  // a cudaStream_t; null where pointers are the host's
+
+// Rows of some tokens: row (token, head) at data + token * token_stride + head * head_stride.
+struct EngineRows {
+  const void* data = nullptr;
+  int64_t tokens = 0, heads = 0;
+  int64_t row_bytes = 0;  // of one token and head, dense
+  int64_t token_stride_bytes = 0, head_stride_bytes = 0;
+};
+
+// What one attached sequence has on the device. Calls of the caller's thread and of the worker's
+// thread may run at once; each kind one at a time.
+class EngineLayers {
+ public:
+  virtual ~EngineLayers() = default;
+
+  // Caller's thread, in the order of the steps of a layer: the layer has begun one step more, whose
+  // queries are at `queries` (host memory of Staging) once `stream` has come so far.
+  virtual void Begin(int64_t layer, EngineStream stream) = 0;
+  // Worker's thread, in the same order: what the service answered, or why it did not.
+  virtual void Publish(int64_t layer, const std::byte* queries, DecodeSession* session,
+                       const absl::Status& recalled) = 0;
+  // Caller's thread: `stream` waits for the step's Publish, attends and writes `output`, zeros
+  // after a failure. With host memory it returns the step's status, on a GPU what could not be
+  // launched.
+  virtual absl::Status Attend(int64_t layer, void* output, EngineStream stream) = 0;
+  // Caller's thread: the next token's rows of a layer, where the device keeps them itself.
+  virtual absl::Status Append(int64_t layer, const EngineRows& key, const EngineRows& value,
+                              EngineStream stream) = 0;
+  virtual int64_t held_bytes() const = 0;  // of KV, on the device
+};
+
+class EngineDevice {
+ public:
+  virtual ~EngineDevice() = default;
+
+  // True: a stream's work is done when its call returns.
+  virtual bool synchronous() const = 0;
+  // Host memory that Gather can fill. Errors: ResourceExhausted.
+  virtual absl::StatusOr<std::shared_ptr<std::byte>> Staging(int64_t bytes) = 0;
+  // Copies rows to `to` [tokens, heads, row_bytes], a place in Staging's memory, when `stream`
+  // comes to it.
+  virtual absl::Status Gather(const EngineRows& rows, std::byte* to, EngineStream stream) = 0;
+  // Runs f once `stream` has done all it was given so far; f only hands work to another thread.
+  virtual absl::Status Then(EngineStream stream, std::function<void()> f) = 0;
+  // `output_type`: of what Attend writes.
+  virtual absl::StatusOr<std::unique_ptr<EngineLayers>> MakeLayers(const DecodeSession& session,
+                                                                   v1::ElementType output_type) = 0;
+};
+
+// device: "cpu", "cuda" or "cuda:N". step_timeout: how long a GPU's stream waits for an answer.
+// Errors: InvalidArgument for another name; Unavailable for a GPU that there is not, or in a
+// worker built without CUDA.
+absl::StatusOr<std::unique_ptr<EngineDevice>> MakeEngineDevice(const std::string& device,
+                                                               absl::Duration step_timeout);
+
+}  // namespace clusterkv::worker
+
+#endif  // CLUSTERKV_WORKER_ENGINE_DEVICE_H_
