@@ -17,6 +17,7 @@
 #include "google/protobuf/text_format.h"
 #include "kernels/base/status_macros.h"
 #include "proto/error.h"
+#include "proto/placement.h"
 
 namespace clusterkv::cache_service {
 namespace {
@@ -362,6 +363,79 @@ void ResolveTenants(const v1::ServerConfig& message, Resolver& check, Config* co
   }
 }
 
+// Whether others can use it as it stands: not every address of this machine, and not any port.
+bool IsReachable(const std::string& address) {
+  const size_t colon = address.rfind(':');
+  const std::string host = address.substr(0, colon);
+  return IsShardAddress(address) && host != "0.0.0.0" && host != "[::]" && host != "unix";
+}
+
+void ResolveEtcd(const v1::ServerConfig& message, Resolver& check, Config* config) {
+  for (const std::string& endpoint : Split(message.etcd_endpoints())) {
+    if (!IsShardAddress(endpoint) || endpoint.find('/') != std::string::npos) {
+      check.Fail("etcd_endpoints", "host:port, comma-separated (no scheme: TLS is etcd_ca_file's)",
+                 "\"" + endpoint + "\"");
+    }
+    config->etcd.endpoints.push_back(endpoint);
+  }
+  if (!message.etcd_prefix().empty()) config->etcd.prefix = message.etcd_prefix();
+  if (!IsEtcdPrefix(config->etcd.prefix)) {
+    check.Fail("etcd_prefix", "words of a-z, A-Z, 0-9 and .-_ with / between them",
+               "\"" + config->etcd.prefix + "\"");
+  }
+  config->etcd.tls = {message.etcd_ca_file(), message.etcd_certificate_file(),
+                      message.etcd_key_file(), ""};
+  const ClientTls& tls = config->etcd.tls;
+  if (tls.ca_file.empty() && !(tls.certificate_file.empty() && tls.key_file.empty())) {
+    check.Fail("etcd_ca_file", "a file, as another one of etcd's TLS is set", "none");
+  }
+  if (tls.certificate_file.empty() != tls.key_file.empty()) {
+    const bool no_key = tls.key_file.empty();
+    check.Fail(no_key ? "etcd_key_file" : "etcd_certificate_file",
+               std::string("a file, as ") + (no_key ? "etcd_certificate_file" : "etcd_key_file") +
+                   " is set",
+               "none");
+  }
+  constexpr int64_t kShortestMs = 2'000;  // etcd takes no less
+  config->etcd_lease_ttl = absl::Milliseconds(check.Number(
+      "etcd_lease_ttl_ms", message.etcd_lease_ttl_ms(), 10'000, kShortestMs, kMaxDurationMs));
+}
+
+// One source of the list at most.
+void ResolveShards(const v1::ServerConfig& message, Resolver& check, Config* config) {
+  config->shards_file = message.shards_file();
+  config->shard_name = message.shard_name();
+  const bool file = !message.shards_file().empty(), etcd = !message.etcd_endpoints().empty();
+  if (file && etcd) {
+    check.Fail("shards_file", "none, as etcd_endpoints is set", "\"" + config->shards_file + "\"");
+  }
+  if (!file && !etcd && !config->shard_name.empty()) {
+    check.Fail("shards_file", "a file (or etcd_endpoints), as shard_name is set", "none");
+  }
+  const std::pair<const char*, bool> of_etcd[] = {
+      {"etcd_ca_file", !message.etcd_ca_file().empty()},
+      {"etcd_certificate_file", !message.etcd_certificate_file().empty()},
+      {"etcd_key_file", !message.etcd_key_file().empty()},
+      {"advertise_address", !message.advertise_address().empty()}};
+  for (const auto& [field, is_set] : of_etcd) {
+    if (is_set && !etcd) {
+      check.Fail("etcd_endpoints", std::string("host:port, as ") + field + " is set", "none");
+    }
+  }
+  if (!etcd) return;
+  ResolveEtcd(message, check, config);
+  config->advertise_address = message.advertise_address();
+  if (config->advertise_address.empty()) {
+    if (!IsReachable(config->listen)) {
+      check.Fail("advertise_address",
+                 "host:port, as others cannot use listen=\"" + config->listen + "\"", "none");
+    }
+  } else if (!IsReachable(config->advertise_address)) {
+    check.Fail("advertise_address", "host:port, such as kv-0.example:7400",
+               "\"" + config->advertise_address + "\"");
+  }
+}
+
 }  // namespace
 
 const std::vector<ConfigField>& ConfigFields() {
@@ -406,7 +480,16 @@ const std::vector<ConfigField>& ConfigFields() {
        "certificates' identities that the admin port serves, comma-separated; empty: all"},
       {"shards_file", "",
        "lines \"NAME HOST:PORT\" of all shards, read again when it changes; empty: there is one"},
-      {"shard_name", "", "of this one, in shards_file; empty: the host's name"},
+      {"shard_name", "", "of this one, in shards_file or etcd; empty: the host's name"},
+      {"etcd_endpoints", "",
+       "host:port, comma-separated, of an etcd that lists the shards instead; empty: none"},
+      {"etcd_prefix", "clusterkv", "of the shards' keys in etcd"},
+      {"etcd_ca_file", "", "PEM: who signed etcd's certificate; empty: no TLS to etcd"},
+      {"etcd_certificate_file", "", "PEM: what is shown to etcd; empty: nothing"},
+      {"etcd_key_file", "", "PEM private key of etcd_certificate_file"},
+      {"etcd_lease_ttl_ms", "10000", "how long the entry in etcd outlives a server that died"},
+      {"advertise_address", "",
+       "host:port by which others reach the data port; empty: listen, where that is one"},
   };
   return fields;
 }
@@ -499,11 +582,7 @@ absl::StatusOr<Config> ResolveConfig(const v1::ServerConfig& message, const Conf
   config.max_connections =
       check.Number("max_connections", message.max_connections(), 1024, 1, 1 << 20);
   ResolveLog(message, check, &config);
-  config.shards_file = message.shards_file();
-  config.shard_name = message.shard_name();
-  if (config.shards_file.empty() && !config.shard_name.empty()) {
-    check.Fail("shards_file", "a file, as shard_name is set", "none");
-  }
+  ResolveShards(message, check, &config);
   config.reflection = !message.no_reflection();
   if (!check.status().ok()) return check.status();
   return config;

@@ -19,6 +19,7 @@
 #include "cache_service/telemetry/log.h"
 #include "cache_service/tenants.h"
 #include "clusterkv/v1/config.pb.h"
+#include "proto/shard_directory.h"
 
 namespace clusterkv::cache_service {
 
@@ -40,8 +41,11 @@ struct Config {
   std::string device = "cpu";                 // as MakeShardDevice takes it
   std::vector<TenantOptions> tenants;         // empty: everybody is one and the same
   std::vector<std::string> admin_identities;  // empty: all
-  std::string shards_file;                    // as ShardList::Load takes it; empty: one shard
+  std::string shards_file;                    // as ShardList::Load takes it; empty: none
   std::string shard_name;                     // empty: the host's name
+  EtcdOptions etcd;                           // as ShardList::Follow takes it; no endpoints: none
+  absl::Duration etcd_lease_ttl = absl::Seconds(10);
+  std::string advertise_address;  // host:port, empty: as bound; of this shard among the others
   ShardOptions shard;
   absl::Duration spin = absl::ZeroDuration();
   int network_threads = 0;  // 0: as gRPC chooses; process-wide, set by the program

@@ -40,6 +40,9 @@ constexpr int kHandshakeTimeoutMs = 10'000;
 // A worker that vanished without closing is noticed within 40 s; clients may ping every 10 s.
 constexpr int kKeepaliveMs = 30'000, kKeepaliveTimeoutMs = 10'000, kMinPingIntervalMs = 10'000;
 
+// A server that starts without a list would not know what is its own.
+constexpr absl::Duration kEtcdTimeout = absl::Seconds(30);
+
 constexpr absl::Duration kDrainPoll = absl::Milliseconds(5);
 
 // One port: its gRPC server and where its connections come in.
@@ -135,6 +138,12 @@ absl::Status Server::Impl::Start(const Config& config) {
 #endif
   });
   SetPollSpin(config.spin);
+  if (!config.shards_file.empty()) {
+    CKV_ASSIGN_OR_RETURN(shards, ShardList::Load(config.shards_file, config.shard_name));
+  } else if (!config.etcd.endpoints.empty()) {
+    CKV_ASSIGN_OR_RETURN(shards, ShardList::Follow(config.etcd, config.shard_name,
+                                                   config.etcd_lease_ttl, kEtcdTimeout));
+  }
   CKV_ASSIGN_OR_RETURN(std::unique_ptr<ShardDevice> device, MakeShardDevice(config.device));
   CKV_ASSIGN_OR_RETURN(shard, Shard::Create(config.shard, std::move(device)));
   rpc.device = shard->device_name();
@@ -145,10 +154,7 @@ absl::Status Server::Impl::Start(const Config& config) {
     tenants = std::make_unique<Tenants>(config.tenants, shard.get());
     rpc.tenants = tenants.get();
   }
-  if (!config.shards_file.empty()) {
-    CKV_ASSIGN_OR_RETURN(shards, ShardList::Load(config.shards_file, config.shard_name));
-    rpc.shards = shards.get();
-  }
+  rpc.shards = shards.get();
   rpc.admin_identities = config.admin_identities;
   rpc.metrics = &metrics;
   rpc.version = CLUSTERKV_VERSION;
@@ -161,7 +167,12 @@ absl::Status Server::Impl::Start(const Config& config) {
   session_service = std::make_unique<SessionServiceRpc>(rpc);
   admin_service = std::make_unique<AdminServiceRpc>(rpc, [this] { BeginDrain(); });
   CKV_RETURN_IF_ERROR(BuildPorts(config));
-  return Listen(config);
+  CKV_RETURN_IF_ERROR(Listen(config));
+  if (shards != nullptr) {
+    const std::string& given = config.advertise_address;
+    shards->Enter(given.empty() ? address : given, shard->boot_id());
+  }
+  return absl::OkStatus();
 }
 
 absl::Status Server::Impl::BuildPorts(const Config& config) {
@@ -216,6 +227,7 @@ absl::Status Server::Impl::Listen(const Config& config) {
 }
 
 void Server::Impl::NotServing() {
+  if (shards != nullptr) shards->SetDraining();
   for (Port* port : Ports()) {
     port->SetHealth("", false);
     port->SetHealth("readiness", false);
@@ -230,6 +242,7 @@ void Server::Impl::BeginDrain() {
 void Server::Impl::Shutdown(absl::Duration grace) {
   absl::call_once(shutdown_once, [this, grace] {
     metrics_endpoint.reset();
+    if (shards != nullptr) shards->Leave();
     if (acceptor != nullptr) acceptor->Stop();
     rpc.streams.EndAll(Error(v1::DRAINING, "server: shutting down; reconnect to another"));
     // gRPC's own shutdown cuts in-process streams at once: their reason must have left before.

@@ -10,6 +10,7 @@
 #include <sstream>
 #include <utility>
 
+#include "absl/time/clock.h"
 #include "cache_service/telemetry/log.h"
 #include "kernels/base/status_macros.h"
 #include "proto/placement.h"
@@ -17,39 +18,44 @@
 namespace clusterkv::cache_service {
 namespace {
 
-constexpr size_t kMaxNameBytes = 253;
-
-bool IsShardName(const std::string& name) {
-  const bool letters = std::all_of(name.begin(), name.end(), [](char c) {
-    return (c >= 'a' && c <= 'z') || (c >= 'A' && c <= 'Z') || (c >= '0' && c <= '9') ||
-           std::strchr(".-_:", c) != nullptr;
-  });
-  return letters && !name.empty() && name.size() <= kMaxNameBytes;
-}
-
 std::string HostName() {
   char name[256] = {};
   return gethostname(name, sizeof(name) - 1) == 0 ? name : "";
 }
 
-}  // namespace
-
-absl::StatusOr<std::unique_ptr<ShardList>> ShardList::Load(const std::string& file,
-                                                           const std::string& own_name) {
-  std::unique_ptr<ShardList> list(new ShardList(file, own_name.empty() ? HostName() : own_name));
-  if (!IsShardName(list->own_name_)) {
-    return absl::InvalidArgumentError(
-        "shard_name: expected 1 to 253 of a-z, A-Z, 0-9 and .-_:, "
-        "got \"" +
-        list->own_name_ + "\"");
-  }
-  absl::MutexLock lock(&list->mutex_);
-  list->stamp_ = list->Stamp();
-  CKV_ASSIGN_OR_RETURN(list->shards_, list->Read());
-  return list;
+// The name that was given, or the host's.
+absl::StatusOr<std::string> OwnName(const std::string& given) {
+  std::string name = given.empty() ? HostName() : given;
+  if (IsShardName(name)) return name;
+  return absl::InvalidArgumentError(
+      "shard_name: expected 1 to 253 of a-z, A-Z, 0-9 and .-_:, got \"" + name + "\"");
 }
 
-std::string ShardList::Stamp() const {
+class ShardFile : public ShardList {
+ public:
+  ShardFile(std::string file, std::string own_name)
+      : ShardList(std::move(own_name)), file_(std::move(file)) {}
+
+  absl::Status ReadFirst() ABSL_LOCKS_EXCLUDED(mutex_) {
+    absl::MutexLock lock(&mutex_);
+    stamp_ = Stamp();
+    CKV_ASSIGN_OR_RETURN(shards_, Read());
+    return absl::OkStatus();
+  }
+  std::vector<v1::Shard> Current() override ABSL_LOCKS_EXCLUDED(mutex_);
+
+ private:
+  // Changes when the file is replaced or written.
+  std::string Stamp() const;
+  absl::StatusOr<std::vector<v1::Shard>> Read() const;
+
+  const std::string file_;
+  absl::Mutex mutex_;
+  std::string stamp_ ABSL_GUARDED_BY(mutex_);
+  std::vector<v1::Shard> shards_ ABSL_GUARDED_BY(mutex_);
+};
+
+std::string ShardFile::Stamp() const {
   struct stat status = {};
   if (stat(file_.c_str(), &status) != 0) return "";
   std::string stamp;
@@ -61,7 +67,7 @@ std::string ShardList::Stamp() const {
   return stamp;
 }
 
-absl::StatusOr<std::vector<v1::Shard>> ShardList::Read() const {
+absl::StatusOr<std::vector<v1::Shard>> ShardFile::Read() const {
   errno = 0;
   std::ifstream in(file_);
   if (!in) {
@@ -80,8 +86,7 @@ absl::StatusOr<std::vector<v1::Shard>> ShardList::Read() const {
     const bool twice = std::any_of(shards.begin(), shards.end(), [&](const v1::Shard& other) {
       return other.name() == shard.name();
     });
-    const size_t colon = shard.address().rfind(':');
-    if (!whole || twice || !IsShardName(shard.name()) || colon == std::string::npos || colon == 0) {
+    if (!whole || twice || !IsShardName(shard.name()) || !IsShardAddress(shard.address())) {
       return absl::InvalidArgumentError("shards_file " + file_ + ":" + std::to_string(line_number) +
                                         ": expected NAME HOST:PORT, each name once, got \"" + line +
                                         "\"");
@@ -96,7 +101,7 @@ absl::StatusOr<std::vector<v1::Shard>> ShardList::Read() const {
   return shards;
 }
 
-std::vector<v1::Shard> ShardList::Current() {
+std::vector<v1::Shard> ShardFile::Current() {
   absl::MutexLock lock(&mutex_);
   std::string stamp = Stamp();
   if (stamp == stamp_) return shards_;
@@ -113,12 +118,84 @@ std::vector<v1::Shard> ShardList::Current() {
   return shards_;
 }
 
-std::optional<v1::Shard> ShardList::OtherOwner(std::string_view sequence,
+class EtcdShards : public ShardList {
+ public:
+  EtcdShards(std::string own_name, absl::Duration lease_ttl,
+             std::unique_ptr<ShardDirectory> directory)
+      : ShardList(std::move(own_name)), lease_ttl_(lease_ttl), directory_(std::move(directory)) {}
+
+  std::vector<v1::Shard> Current() override { return directory_->Current(); }
+  void Enter(const std::string& address, uint64_t boot_id) override {
+    v1::Shard self;
+    self.set_name(own_name());
+    self.set_address(address);
+    self.set_boot_id(boot_id);
+    directory_->Register(self, lease_ttl_);
+  }
+  void SetDraining() override { directory_->SetDraining(); }
+  void Leave() override { directory_->Leave(); }
+  void AddTo(v1::Stats* stats) override {
+    ShardList::AddTo(stats);
+    const ShardDirectory::State state = directory_->state();
+    v1::EtcdStats& etcd = *stats->mutable_etcd();
+    etcd.set_connected(state.connected);
+    etcd.set_registered(state.registered);
+    etcd.set_reconnects(state.reconnects);
+    etcd.set_lost_leases(state.lost_leases);
+    if (state.connected) return;
+    etcd.set_away_ms(
+        static_cast<uint64_t>(absl::ToInt64Milliseconds(absl::Now() - state.away_since)));
+    etcd.set_error(state.error);
+  }
+
+ private:
+  const absl::Duration lease_ttl_;
+  const std::unique_ptr<ShardDirectory> directory_;
+};
+
+}  // namespace
+
+absl::StatusOr<std::unique_ptr<ShardList>> ShardList::Load(const std::string& file,
+                                                           const std::string& own_name) {
+  CKV_ASSIGN_OR_RETURN(std::string name, OwnName(own_name));
+  auto list = std::make_unique<ShardFile>(file, std::move(name));
+  CKV_RETURN_IF_ERROR(list->ReadFirst());
+  return std::unique_ptr<ShardList>(std::move(list));
+}
+
+absl::StatusOr<std::unique_ptr<ShardList>> ShardList::Follow(EtcdOptions options,
+                                                             const std::string& own_name,
+                                                             absl::Duration lease_ttl,
+                                                             absl::Duration timeout) {
+  CKV_ASSIGN_OR_RETURN(std::string name, OwnName(own_name));
+  options.log = [](bool is_fault, const std::string& event) {
+    Log(is_fault ? LogLevel::kWarning : LogLevel::kInfo, event);
+  };
+  CKV_ASSIGN_OR_RETURN(auto directory, ShardDirectory::Open(options, timeout));
+  return std::make_unique<EtcdShards>(std::move(name), lease_ttl, std::move(directory));
+}
+
+void ShardList::Enter(const std::string&, uint64_t) {}
+
+void ShardList::AddTo(v1::Stats* stats) {
+  stats->set_shards(static_cast<uint32_t>(Current().size()));
+}
+
+std::optional<v1::Shard> ShardList::OtherOwner(std::string_view sequence) {
+  for (v1::Shard& shard : RankShards(sequence, Current())) {
+    if (shard.name() == own_name_) return std::nullopt;
+    return std::move(shard);
+  }
+  return std::nullopt;
+}
+
+std::optional<v1::Shard> ShardList::OtherTaker(std::string_view sequence,
                                                const std::vector<std::string>& without) {
   for (v1::Shard& shard : RankShards(sequence, Current())) {
     if (std::find(without.begin(), without.end(), shard.name()) != without.end()) continue;
+    // What drains here the shard itself says, better than whom it names instead.
     if (shard.name() == own_name_) return std::nullopt;
-    return std::move(shard);
+    if (!shard.draining()) return std::move(shard);
   }
   return std::nullopt;
 }

@@ -8,6 +8,20 @@
 
 namespace clusterkv {
 
+bool IsShardName(std::string_view name) {
+  constexpr size_t kMaxBytes = 253;
+  const bool letters = std::all_of(name.begin(), name.end(), [](char c) {
+    return (c >= 'a' && c <= 'z') || (c >= 'A' && c <= 'Z') || (c >= '0' && c <= '9') ||
+           std::string_view(".-_:").find(c) != std::string_view::npos;
+  });
+  return letters && !name.empty() && name.size() <= kMaxBytes;
+}
+
+bool IsShardAddress(std::string_view address) {
+  const size_t colon = address.rfind(':');
+  return colon != std::string_view::npos && colon > 0 && colon + 1 < address.size();
+}
+
 uint64_t PlacementScore(std::string_view sequence, std::string_view shard) {
   std::string text(sequence);
   text += '\n';

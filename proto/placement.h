@@ -13,6 +13,11 @@
 
 namespace clusterkv {
 
+// 1 to 253 of a-z, A-Z, 0-9, '.', '-', '_', ':'.
+bool IsShardName(std::string_view name);
+// "host:port".
+bool IsShardAddress(std::string_view address);
+
 // XXH3-64 of "SEQUENCE\nSHARD". The highest owns the sequence.
 uint64_t PlacementScore(std::string_view sequence, std::string_view shard);
 

@@ -23,9 +23,11 @@
 #include "clusterkv/v1/admin_service.grpc.pb.h"
 #include "clusterkv/v1/cache_service.grpc.pb.h"
 #include "clusterkv/v1/session_service.grpc.pb.h"
-#include "worker/credentials.h"
+#include "proto/client_credentials.h"
 
 namespace clusterkv::worker {
+
+using TlsOptions = ClientTls;
 
 struct ClientOptions {
   std::string worker_name = "worker";
@@ -36,7 +38,8 @@ struct ClientOptions {
   // them, and one that is not here counts as released. False: NOT_OWNER names the owner (Shards,
   // shards.h, goes there).
   bool open_here = true;
-  TlsOptions tls;  // of channels that the client makes itself
+  TlsOptions tls;       // of channels that the client makes itself
+  TlsOptions etcd_tls;  // of Shards that know each other by etcd
   std::function<void(const v1::SessionResponse::Notice&)> on_notice;  // may be null; must not block
 };
 

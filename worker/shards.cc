@@ -15,6 +15,7 @@
 #include "kernels/base/status_macros.h"
 #include "proto/error.h"
 #include "proto/placement.h"
+#include "proto/shard_directory.h"
 #include "worker/transport_failure.h"
 
 namespace clusterkv::worker {
@@ -114,12 +115,16 @@ struct Shards::Impl {
     away[shard.address()] = absl::Now() + kAwayFor;
   }
   std::vector<v1::Shard> Members() const {
+    if (directory != nullptr) return directory->Current();
     std::lock_guard lock(mutex);
     return members;
   }
 
+  absl::Status FollowEtcd();
+
   std::string seeds;
   ClientOptions options;
+  std::unique_ptr<ShardDirectory> directory;  // null: the list is the shards' own
   mutable std::mutex mutex;
   std::vector<v1::Shard> members;                          // by name; guarded by mutex
   std::map<std::string, std::unique_ptr<Client>> clients;  // by address; guarded by mutex
@@ -265,6 +270,16 @@ absl::StatusOr<PlacedSequence> Shards::Impl::FindAmong(const std::vector<v1::Sha
   return answer;
 }
 
+absl::Status Shards::Impl::FollowEtcd() {
+  const absl::Time deadline = absl::Now() + options.call_timeout;
+  CKV_ASSIGN_OR_RETURN(EtcdOptions etcd, ParseEtcdTarget(seeds));
+  etcd.tls = options.etcd_tls;
+  CKV_ASSIGN_OR_RETURN(directory, ShardDirectory::Open(etcd, options.call_timeout));
+  const auto any = [](const std::vector<v1::Shard>& shards) { return !shards.empty(); };
+  if (directory->Await(any, deadline - absl::Now())) return absl::OkStatus();
+  return absl::UnavailableError(absl::StrCat("no shard is entered at ", seeds));
+}
+
 Shards::Shards(std::unique_ptr<Impl> impl) : impl_(std::move(impl)) {}
 Shards::~Shards() = default;
 
@@ -273,6 +288,10 @@ absl::StatusOr<std::unique_ptr<Shards>> Shards::Connect(const std::string& seeds
   auto impl = std::make_unique<Impl>();
   impl->seeds = seeds;
   impl->options = options;
+  if (IsEtcdTarget(seeds)) {
+    CKV_RETURN_IF_ERROR(impl->FollowEtcd());
+    return std::unique_ptr<Shards>(new Shards(std::move(impl)));
+  }
   const absl::Time deadline = absl::Now() + options.call_timeout;
   while (true) {
     absl::StatusOr<std::vector<v1::Shard>> members = impl->Ask(deadline - absl::Now());
@@ -289,6 +308,7 @@ absl::StatusOr<std::unique_ptr<Shards>> Shards::Connect(const std::string& seeds
 std::vector<v1::Shard> Shards::members() const { return impl_->Members(); }
 
 absl::Status Shards::Refresh() {
+  if (impl_->directory != nullptr) return absl::OkStatus();
   CKV_ASSIGN_OR_RETURN(std::vector<v1::Shard> members, impl_->Ask(kConnectTimeout));
   std::lock_guard lock(impl_->mutex);
   impl_->members = std::move(members);
@@ -306,13 +326,18 @@ absl::StatusOr<PlacedSequence> Shards::OpenSequence(v1::OpenSequenceRequest requ
     if (Has(without, next.name())) next.Clear();
     if (next.name().empty()) {
       for (v1::Shard& shard : RankShards(request.name(), known)) {
-        if (Has(without, shard.name())) continue;
+        if (Has(without, shard.name()) || shard.draining()) continue;
         next = std::move(shard);
         break;
       }
     }
     if (next.name().empty()) break;
+    // A server may not have heard yet of one that drains.
     *request.mutable_without_shards() = {without.begin(), without.end()};
+    for (const v1::Shard& shard : known) {
+      if (shard.draining() && shard.name() != next.name())
+        *request.add_without_shards() = shard.name();
+    }
     Client* client = nullptr;
     absl::StatusOr<v1::Sequence> opened = impl_->OpenAt(next, &request, &client);
     if (opened.ok()) return PlacedSequence{client, *std::move(opened)};

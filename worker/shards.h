@@ -1,7 +1,7 @@
 // All shards of a service as one: a sequence is opened on the shard that owns its name, and found
 // where it is.
 //
-//   seeds ─▶ GetServerInfo of one that answers ─▶ names and addresses of all shards
+//   seeds ─▶ GetServerInfo of one that answers, or etcd ─▶ names and addresses of all shards
 //                ─▶ a Client each, made when it is first needed
 //
 // Placement is proto/placement.h's. What a caller opened or found it uses through the shard's own
@@ -31,16 +31,18 @@ class Shards {
   // seeds: addresses of some shards or all, "host:port" or "unix:path", comma-separated; of a host
   // name with several addresses (a headless service) each is one. Where the servers know of no
   // shards the seeds themselves are the shards, by these names: then name all, the same to every
-  // client. Waits up to options.call_timeout for one that answers.
+  // client. Or "etcd://HOST:PORT,…/PREFIX" (proto/shard_directory.h): the shards that are there are
+  // known at any time, without asking one. Waits up to options.call_timeout for one that answers.
   // Errors: Unavailable when none does; InvalidArgument for seeds of wrong form; as
   // Client::Connect.
   static absl::StatusOr<std::unique_ptr<Shards>> Connect(const std::string& seeds,
                                                          const ClientOptions& options = {});
   ~Shards();
 
-  // By name, as of the last look.
+  // By name, as of the last look; with etcd as of now.
   std::vector<v1::Shard> members() const;
-  // Asks the shards who they are anew. Errors: Unavailable when none answers; the list stays then.
+  // Asks the shards who they are anew; nothing to do with etcd. Errors: Unavailable when none
+  // answers; the list stays then.
   absl::Status Refresh();
 
   // On the sequence's owner; where that drains or is away, on the next one in rank. session_id is

@@ -109,7 +109,7 @@ grpc::ServerUnaryReactor* CacheServiceRpc::OpenSequence(grpc::CallbackServerCont
                                                         v1::Sequence* sequence) {
   return AnswerNow(rpc_, Method::kOpenSequence, context, [&](const Caller& caller) -> absl::Status {
     CKV_RETURN_IF_ERROR(
-        rpc_.CheckOwner(*caller.shard, request->name(),
+        rpc_.CheckTaker(*caller.shard, request->name(),
                         {request->without_shards().begin(), request->without_shards().end()}));
     return Encode(caller.shard->OpenSequence(*request), sequence);
   });

@@ -78,6 +78,13 @@ absl::Status NotOwner(const std::string& sequence, const v1::Shard& owner) {
       {{"sequence", sequence}, {"ownerShard", owner.name()}, {"ownerAddress", owner.address()}});
 }
 
+bool Holds(Shard& shard, const std::string& sequence) {
+  v1::SequenceHandle handle;
+  handle.set_name(sequence);
+  const absl::Status held = shard.GetSequence(handle).status();
+  return held.ok() || ReasonOf(held) != v1::SEQUENCE_NOT_FOUND;
+}
+
 }  // namespace
 
 absl::StatusOr<Caller> RpcContext::CallerOf(grpc::CallbackServerContext* context) const {
@@ -117,16 +124,19 @@ absl::StatusOr<Shard*> RpcContext::ShardOf(const std::string& tenant) const {
                {{"field", "tenant"}, {"expected", "one that is configured"}, {"got", tenant}});
 }
 
-absl::Status RpcContext::CheckOwner(Shard& shard, const std::string& sequence,
+absl::Status RpcContext::CheckOwner(Shard& shard, const std::string& sequence) const {
+  if (shards == nullptr) return absl::OkStatus();
+  const std::optional<v1::Shard> owner = shards->OtherOwner(sequence);
+  return owner.has_value() && !Holds(shard, sequence) ? NotOwner(sequence, *owner)
+                                                      : absl::OkStatus();
+}
+
+absl::Status RpcContext::CheckTaker(Shard& shard, const std::string& sequence,
                                     const std::vector<std::string>& without) const {
   if (shards == nullptr) return absl::OkStatus();
-  const std::optional<v1::Shard> owner = shards->OtherOwner(sequence, without);
-  if (!owner.has_value()) return absl::OkStatus();
-  v1::SequenceHandle handle;
-  handle.set_name(sequence);
-  const absl::Status held = shard.GetSequence(handle).status();
-  if (held.ok() || ReasonOf(held) != v1::SEQUENCE_NOT_FOUND) return absl::OkStatus();
-  return NotOwner(sequence, *owner);
+  const std::optional<v1::Shard> taker = shards->OtherTaker(sequence, without);
+  return taker.has_value() && !Holds(shard, sequence) ? NotOwner(sequence, *taker)
+                                                      : absl::OkStatus();
 }
 
 absl::Status RpcContext::Placed(const absl::Status& status) const {
@@ -143,6 +153,7 @@ v1::Stats RpcContext::Stats() const {
   v1::Stats stats = shard->GetStats();
   metrics->AddTo(&stats);
   if (tenants != nullptr) tenants->AddTo(&stats);
+  if (shards != nullptr) shards->AddTo(&stats);
   return stats;
 }
 

@@ -93,10 +93,12 @@ struct RpcContext {
   // Errors: INVALID_FIELD when there is no such tenant.
   absl::StatusOr<Shard*> ShardOf(const std::string& tenant) const;
 
-  // Refuses a call on a sequence that `shard` does not hold and another one owns, those of
-  // `without` left out. Errors: NOT_OWNER.
-  absl::Status CheckOwner(Shard& shard, const std::string& sequence,
-                          const std::vector<std::string>& without = {}) const;
+  // Refuses a call on a sequence that `shard` does not hold and another one owns. Errors:
+  // NOT_OWNER.
+  absl::Status CheckOwner(Shard& shard, const std::string& sequence) const;
+  // The same for one that is opened, which goes to none of `without` and to none that drains.
+  absl::Status CheckTaker(Shard& shard, const std::string& sequence,
+                          const std::vector<std::string>& without) const;
   // `status` as a client is told it: SEQUENCE_NOT_FOUND of what another shard owns is NOT_OWNER.
   absl::Status Placed(const absl::Status& status) const;
 

@@ -19,7 +19,7 @@ struct MetricDescriptor {
   const char* unit;     // "1", "bytes", "seconds", "pages", "tokens"
   const char* label;    // the labels' names, comma-separated; empty: none
   const char* section;  // of the dashboard and the documentation
-  const char* when;     // there are series only with these: "", "device", "links", "tenants"
+  const char* when;     // series only with these: "", "device", "links", "tenants", "etcd"
   const char* help;     // one sentence
 };
 const std::vector<MetricDescriptor>& MetricTable();

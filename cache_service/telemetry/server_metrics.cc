@@ -134,6 +134,7 @@ class MetricWriter {
   }
 
   void ShardFigures(const v1::Stats& stats);
+  void PlacementFigures(const v1::Stats& stats);
   void TenantFigures(const v1::Stats& stats);
   void ServerFigures(const ServerMetrics& metrics, int64_t connections);
 
@@ -161,6 +162,9 @@ void MetricWriter::ShardFigures(const v1::Stats& stats) {
   Value("clusterkv_arena_pages", number(pages.recalling()), {{"state", "recalling"}});
   Value("clusterkv_arena_pages", number(pages.quarantined()), {{"state", "quarantined"}});
   Value("clusterkv_arena_reserved_pages", number(stats.reserved_pages()));
+  const uint64_t open_pages = pages.free() - std::min(pages.free(), stats.reserved_pages());
+  Value("clusterkv_arena_used_ratio",
+        pages.total() == 0 ? 0 : 1 - number(open_pages) / number(pages.total()));
   Value("clusterkv_arena_page_bytes", number(stats.page_bytes()));
   Value("clusterkv_resident_bytes", number(stats.resident_bytes()));
   Value("clusterkv_sequences", stats.sequences());
@@ -183,6 +187,16 @@ void MetricWriter::ShardFigures(const v1::Stats& stats) {
   Values("clusterkv_link_attachments", "link", stats.attachments_by_link());
   Values("clusterkv_link_failovers_total", "link", stats.link_failovers());
   Values("clusterkv_link_fallbacks_total", "reason", stats.link_fallbacks());
+}
+
+void MetricWriter::PlacementFigures(const v1::Stats& stats) {
+  Value("clusterkv_listed_shards", stats.shards());
+  if (!stats.has_etcd()) return;
+  const v1::EtcdStats& etcd = stats.etcd();
+  Value("clusterkv_etcd_connected", etcd.connected() ? 1 : 0);
+  Value("clusterkv_etcd_registered", etcd.registered() ? 1 : 0);
+  Value("clusterkv_etcd_reconnects_total", static_cast<double>(etcd.reconnects()));
+  Value("clusterkv_etcd_lost_leases_total", static_cast<double>(etcd.lost_leases()));
 }
 
 void MetricWriter::TenantFigures(const v1::Stats& stats) {
@@ -230,6 +244,7 @@ std::vector<prometheus::MetricFamily> ServerMetrics::Families(const v1::Stats& s
                                                               int64_t connections) const {
   MetricWriter writer;
   writer.ShardFigures(stats);
+  writer.PlacementFigures(stats);
   writer.TenantFigures(stats);
   writer.ServerFigures(*this, connections);
   return writer.Take();

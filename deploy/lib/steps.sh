@@ -82,16 +82,19 @@ step() { try_step "$@" || exit $?; }
 BUILD_PACKAGES="g++ cmake ninja-build pkg-config ccache libgrpc++-dev libprotobuf-dev
   protobuf-compiler protobuf-compiler-grpc libabsl-dev libhwy-dev libxxhash-dev prometheus-cpp-dev
   nlohmann-json3-dev"
-TEST_PACKAGES="libgtest-dev libgmock-dev libbenchmark-dev libopenblas-dev python3 clang-format-14"
+TEST_PACKAGES="libgtest-dev libgmock-dev libbenchmark-dev libopenblas-dev python3 clang-format-14
+  etcd-server"
 CHECK_PACKAGES="clang clang-tidy python3-venv"
 
 is_installed() { [ "$(dpkg-query -W -f '${db:Status-Status}' "$1" 2>/dev/null)" = installed ]; }
 
+as_root() {
+  if [ "$(id -u)" -eq 0 ]; then "$@"; else sudo -n "$@"; fi
+}
+
 apt_get() {
-  local sudo=
-  [ "$(id -u)" -eq 0 ] || sudo="sudo -n"
   # Nothing asks, and another package manager at work is waited for.
-  $sudo env DEBIAN_FRONTEND=noninteractive \
+  as_root env DEBIAN_FRONTEND=noninteractive \
     apt-get -o DPkg::Lock::Timeout=300 -o Acquire::Retries=3 "$@"
 }
 
@@ -104,7 +107,17 @@ install_now() {
     packages=${packages/clang-runtime/libclang-rt-$clang_major-dev}
   fi
   # shellcheck disable=SC2086
-  apt_get install -y --no-install-recommends $packages
+  apt_get install -y --no-install-recommends $packages || return
+  # The tests start an etcd of their own each; the package starts one for the machine.
+  case " $packages " in *" etcd-server "*) stop_etcd_service ;; esac
+}
+
+stop_etcd_service() {
+  if [ -d /run/systemd/system ]; then
+    as_root systemctl disable --now etcd.service
+  elif [ -x /etc/init.d/etcd ]; then
+    as_root /etc/init.d/etcd stop || true  # it may not have been started
+  fi
 }
 
 has_clang_runtime() {

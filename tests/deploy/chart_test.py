@@ -21,7 +21,7 @@ import unittest
 SKIPPED = 77
 ROOT = pathlib.Path(__file__).resolve().parents[2]
 CHART = ROOT / "deploy/helm/clusterkv"
-CI_VALUES = ("default", "minimal", "gpu", "rdma", "mtls")
+CI_VALUES = ("default", "minimal", "gpu", "rdma", "mtls", "etcd")
 KUBE_VERSION = "1.34.2"
 HELM = os.environ.get("HELM") or shutil.which("helm")
 SERVER = None
@@ -196,7 +196,13 @@ class SchemaTest(unittest.TestCase):
                        {"image__pullPolicy": "Sometimes"}, {"alerts__errorRatio": 2},
                        {"podDisruptionBudget__maxUnavailable": -1}, {"gpu__count": 0},
                        {"topologySpread__whenUnsatisfiable": "Perhaps"},
-                       {"resources__limits__memory": "2GB"}, {"podLabels": {"a": 1}}):
+                       {"resources__limits__memory": "2GB"},
+                       {"etcd__endpoints": ["http://etcd:2379"]}, {"etcd__endpoints": ["etcd"]},
+                       {"etcd__prefix": "/kv"}, {"etcd__leaseTtlMs": 1000},
+                       {"etcd__tls__mode": "on"}, {"autoscaling__mode": "vpa"},
+                       {"autoscaling__minShards": 0}, {"autoscaling__arenaUsedRatio": 80},
+                       {"autoscaling__keda__prometheusAddress": "prometheus:9090"},
+                       {"podLabels": {"a": 1}}):
             name = next(iter(values)).split("__")[-1]
             self.assert_refused(name if name != "podLabels" else "/podLabels/a", **values)
 
@@ -237,6 +243,30 @@ class ValidateTest(unittest.TestCase):
         self.assert_refused("exclude each other", rdma__hostNetwork=True, rdma__enabled=True,
                             networkPolicy__enabled=True)
 
+    def test_what_etcd_needs_is_there_and_nothing_else(self):
+        for values in ({"etcd__prefix": "a"}, {"etcd__tls__mode": "tls"},
+                       {"etcd__tls__existingSecret": "a"}, {"networkPolicy__etcd": [{}]}):
+            self.assert_refused("do nothing without etcd.endpoints", **values)
+        self.assert_refused("needs etcd.tls.existingSecret", etcd__endpoints=["a:1"],
+                            etcd__tls__mode="tls")
+        self.assert_refused("etcd.tls.mode=disabled", etcd__endpoints=["a:1"],
+                            etcd__tls__existingSecret="a")
+
+    def test_autoscaling_needs_etcd_and_something_to_go_by(self):
+        for mode in ("hpa", "keda"):
+            self.assert_refused("needs etcd.endpoints: the list of shards must follow",
+                                autoscaling__mode=mode)
+        etcd = {"etcd__endpoints": ["a:1"]}
+        self.assert_refused("without metrics", **etcd, autoscaling__mode="hpa",
+                            metrics__enabled=False)
+        self.assert_refused("minShards 11 is more", **etcd, autoscaling__mode="hpa",
+                            autoscaling__minShards=11)
+        self.assert_refused("nothing to go by", **etcd, autoscaling__mode="hpa",
+                            autoscaling__arenaUsedRatio=0, autoscaling__queuedSelects=0)
+        self.assert_refused("prometheusAddress", **etcd, autoscaling__mode="keda")
+        self.assert_refused("fallback.shards: 2 is not", **etcd, autoscaling__mode="keda",
+                            autoscaling__keda__prometheusAddress="http://p:9090",
+                            autoscaling__keda__fallback__shards=2)
 
     def test_tls_has_one_source_and_a_client_to_test_with(self):
         self.assert_refused("needs either", tls__mode="tls")
@@ -317,14 +347,19 @@ class ServerConfigTest(unittest.TestCase):
                             source("proto/clusterkv/v1/config.proto"), re.DOTALL | re.MULTILINE)[0]
         fields = set(re.findall(r"^  (?:repeated )?\w+ (\w+) =\s*\d+;", message, re.MULTILINE))
         self.assertGreater(len(fields), 20)
-        written = set(re.findall(r"^(\w+)(?::| \{)", Rendered(ci="mtls").server_conf(),
-                                 re.MULTILINE))
-        # "cpu" is all there is; whoever asks for certificates wants them; a name is each pod's own.
-        self.assertEqual(
-            written, fields - {"device", "shard_name", "tls_client_certificate_optional"})
-        plain = set(re.findall(r"^(\w+)(?::| \{)", Rendered().server_conf(), re.MULTILINE))
-        self.assertEqual({name for name in written - plain if not name.startswith("tls_")},
+        def written(ci):
+            return set(re.findall(r"^(\w+)(?::| \{)", Rendered(ci=ci).server_conf(), re.MULTILINE))
+        # "cpu" is all there is; whoever asks for certificates wants them; a name and an address are
+        # each pod's own.
+        self.assertEqual(written("mtls") | written("etcd"),
+                         fields - {"device", "shard_name", "advertise_address",
+                                   "tls_client_certificate_optional"})
+        plain = written("default")
+        self.assertEqual({name for name in written("mtls") - plain if not name.startswith("tls_")},
                          {"health_listen", "tenants", "admin_identities"})
+        self.assertEqual(plain - written("etcd"), {"shards_file"})
+        self.assertEqual(
+            {name for name in written("etcd") - plain if not name.startswith("etcd_")}, set())
 
     def test_defaults_are_the_server_s(self):
         defaults = dict(re.findall(r'^      \{"(\w+)", "([^"]*)"',
@@ -358,10 +393,14 @@ class ServerConfigTest(unittest.TestCase):
         if SERVER is None:
             self.skipTest("no --server given")
         for ci in CI_VALUES:
+            rendered = Rendered(ci=ci)
+            arguments = [argument.replace("$(POD_NAME)", "test-clusterkv-0")
+                         for argument in rendered.container()["args"]]
             with tempfile.NamedTemporaryFile("w", suffix=".conf") as file:
-                file.write(Rendered(ci=ci).server_conf())
+                file.write(rendered.server_conf())
                 file.flush()
-                run = subprocess.run([SERVER, f"--config={file.name}", "--check_config"],
+                arguments[0] = f"--config={file.name}"
+                run = subprocess.run([SERVER, *arguments, "--check_config"],
                                      capture_output=True, text=True, check=False)
             self.assertEqual(run.returncode, 0, f"{ci}: {run.stderr}")
 
@@ -385,6 +424,120 @@ class ServerConfigTest(unittest.TestCase):
             return template["metadata"]["annotations"]["checksum/config"]
         self.assertEqual(checksum(), checksum(shards=5))
         self.assertNotEqual(checksum(), checksum(server__spinUs=1))
+
+
+class EtcdTest(unittest.TestCase):
+    """The shards' list in etcd instead of a ConfigMap, and what may then change their number."""
+    ETCD = {"etcd__endpoints": ["etcd-0.etcd:2379", "etcd-1.etcd:12379"]}
+    KEDA = {**ETCD, "autoscaling__mode": "keda",
+            "autoscaling__keda__prometheusAddress": "http://prometheus:9090"}
+
+    def test_the_list_is_etcd_s_and_no_config_map(self):
+        rendered = Rendered(**self.ETCD, ports__grpc=1111)
+        self.assertIsNone(rendered.get("ConfigMap", "-shards"))
+        conf = rendered.server_conf()
+        self.assertIn('etcd_endpoints: "etcd-0.etcd:2379,etcd-1.etcd:12379"\n', conf)
+        self.assertIn('etcd_prefix: "clusterkv/kv/test-clusterkv"\n', conf)
+        self.assertNotIn("shards_file", conf)
+        self.assertNotIn("etcd_ca_file", conf)
+        container = rendered.container()
+        self.assertEqual([m["name"] for m in container["volumeMounts"]], ["config"])
+        self.assertIn("--shard_name=$(POD_NAME)", container["args"])
+        self.assertIn("--advertise_address=$(POD_NAME).test-clusterkv-peers.kv.svc.cluster.local"
+                      ":1111", container["args"])
+        self.assertNotIn("advertise", json.dumps(Rendered().container()))
+        self.assertIn('etcd_prefix: "mine"\n',
+                      Rendered(**self.ETCD, etcd__prefix="mine").server_conf())
+
+    def test_certificates_for_etcd_come_from_their_secret(self):
+        def secret(rendered):
+            return [v["secret"] for v in rendered.pod()["volumes"] if v["name"] == "etcd"]
+        tls = Rendered(**self.ETCD, etcd__tls={"mode": "tls", "existingSecret": "e"})
+        self.assertEqual(secret(tls), [{"secretName": "e", "defaultMode": 0o440,
+                                        "items": [{"key": "ca.crt", "path": "ca.crt"}]}])
+        self.assertIn('etcd_ca_file: "/etc/clusterkv-etcd/ca.crt"\n', tls.server_conf())
+        self.assertNotIn("etcd_key_file", tls.server_conf())
+        mutual = Rendered(ci="etcd")
+        self.assertEqual(secret(mutual), [{"secretName": "clusterkv-etcd", "defaultMode": 0o440}])
+        self.assertIn('etcd_key_file: "/etc/clusterkv-etcd/tls.key"\n', mutual.server_conf())
+        self.assertEqual(secret(Rendered(**self.ETCD)), [])
+
+    def test_the_network_policy_lets_out_to_etcd_and_the_dns(self):
+        spec = Rendered(**self.ETCD, networkPolicy__enabled=True).get("NetworkPolicy")["spec"]
+        self.assertEqual(spec["egress"], [
+            {"ports": [{"port": 53, "protocol": "UDP"}, {"port": 53, "protocol": "TCP"}]},
+            {"ports": [{"port": 2379}, {"port": 12379}]}])
+        spec = Rendered(ci="etcd").get("NetworkPolicy")["spec"]
+        self.assertEqual(spec["egress"][1], {
+            "ports": [{"port": 2379}],
+            "to": [{"podSelector": {"matchLabels": {"app.kubernetes.io/name": "etcd"}}}]})
+
+    def test_alerts_of_etcd_are_there_with_it(self):
+        def alerts(**values):
+            spec = Rendered(alerts__enabled=True, **values).get("PrometheusRule")["spec"]
+            return {rule["alert"] for rule in spec["groups"][0]["rules"]}
+        self.assertEqual(alerts(**self.ETCD) - alerts(),
+                         {"ClusterKVEtcdAway", "ClusterKVNotEntered"})
+
+    def test_an_autoscaler_has_the_number_of_shards_to_itself(self):
+        self.assertEqual(Rendered(shards=4, **self.ETCD).get("StatefulSet")["spec"]["replicas"], 4)
+        for values in ({**self.ETCD, "autoscaling__mode": "hpa"}, self.KEDA):
+            rendered = Rendered(shards=4, alerts__enabled=True, **values)
+            self.assertNotIn("replicas", rendered.get("StatefulSet")["spec"])
+            # What is sure is the least.
+            self.assertEqual(len(rendered.get("Pod", "-selftest")["spec"]["containers"]), 3)
+            self.assertIn("< 3", json.dumps(rendered.get("PrometheusRule")))
+            self.assertIn("3 to 10 shards", rendered.notes)
+        for ci in CI_VALUES:
+            self.assertEqual("HorizontalPodAutoscaler" in Rendered(ci=ci).kinds(), ci == "etcd")
+            self.assertNotIn("ScaledObject", Rendered(ci=ci).kinds())
+
+    def test_the_pod_autoscaler_goes_by_our_metrics(self):
+        spec = Rendered(**self.ETCD, autoscaling={
+            "mode": "hpa", "minShards": 2, "maxShards": 5, "arenaUsedRatio": 0.5,
+            "scaleDown": {"shards": 1, "periodSeconds": 300, "stabilizationWindowSeconds": 900},
+        }).get("HorizontalPodAutoscaler")["spec"]
+        self.assertEqual(spec["scaleTargetRef"], {"apiVersion": "apps/v1", "kind": "StatefulSet",
+                                                  "name": "test-clusterkv"})
+        self.assertEqual((spec["minReplicas"], spec["maxReplicas"]), (2, 5))
+        targets = {m["pods"]["metric"]["name"]: m["pods"]["target"] for m in spec["metrics"]}
+        self.assertEqual(targets, {
+            "clusterkv_arena_used_ratio": {"type": "AverageValue", "averageValue": "0.5"},
+            "clusterkv_queued_selects": {"type": "AverageValue", "averageValue": "8"}})
+        self.assertLessEqual(set(targets), set(metric_table()))
+        self.assertEqual(spec["behavior"]["scaleDown"], {
+            "stabilizationWindowSeconds": 900,
+            "policies": [{"type": "Pods", "value": 1, "periodSeconds": 300}]})
+        one = Rendered(**self.ETCD, autoscaling__mode="hpa", autoscaling__queuedSelects=0)
+        self.assertEqual(len(one.get("HorizontalPodAutoscaler")["spec"]["metrics"]), 1)
+
+    def test_keda_asks_prometheus_for_our_metrics(self):
+        spec = Rendered(**self.KEDA, autoscaling__keda__authenticationRef="token",
+                        autoscaling__keda__fallback={"failureThreshold": 5, "shards": 4},
+                        ).get("ScaledObject")["spec"]
+        self.assertEqual(spec["scaleTargetRef"]["kind"], "StatefulSet")
+        self.assertEqual((spec["minReplicaCount"], spec["maxReplicaCount"]), (3, 10))
+        self.assertEqual(spec["fallback"], {"failureThreshold": 5, "replicas": 4,
+                                            "behavior": "currentReplicasIfHigher"})
+        self.assertEqual(len(spec["triggers"]), 2)
+        table = metric_table()
+        for trigger, threshold in zip(spec["triggers"], ("0.8", "8")):
+            self.assertEqual((trigger["type"], trigger["metricType"]),
+                             ("prometheus", "AverageValue"))
+            self.assertEqual(trigger["authenticationRef"], {"name": "token"})
+            for value in trigger["metadata"].values():
+                self.assertIsInstance(value, str)
+            self.assertEqual(trigger["metadata"]["threshold"], threshold)
+            for name, labels in metrics_in(trigger["metadata"]["query"]):
+                self.assertIn(name, table)
+                self.assertEqual(labels, {"namespace", "pod"})
+        self.assertEqual([trigger["metadata"]["query"].count("clusterkv_arena_used_ratio")
+                          for trigger in spec["triggers"]], [1, 0])
+
+    def test_notes_say_how_the_number_changes(self):
+        self.assertIn("not by `kubectl scale`", Rendered().notes)
+        self.assertIn("scale statefulset/test-clusterkv", Rendered(**self.ETCD).notes)
+        self.assertIn("describe hpa", Rendered(ci="etcd").notes)
 
 
 class PodTest(unittest.TestCase):

@@ -28,7 +28,8 @@ Json ServerJson(const v1::ServerInfo& info) {
   for (const int link : info.links()) links.push_back(LinkName(static_cast<v1::Link>(link)));
   Json shards = Json::array();
   for (const v1::Shard& shard : info.shards()) {
-    shards.push_back({{"name", shard.name()}, {"address", shard.address()}});
+    shards.push_back(
+        {{"name", shard.name()}, {"address", shard.address()}, {"draining", shard.draining()}});
   }
   char boot_id[17];
   std::snprintf(boot_id, sizeof(boot_id), "%016lx", static_cast<unsigned long>(info.boot_id()));
@@ -47,6 +48,12 @@ Json ServerJson(const v1::ServerInfo& info) {
           {"session_ttl_ms", info.session_ttl_ms()},
           {"shard", info.shard()},
           {"shards", shards}};
+}
+
+Json EtcdJson(const v1::EtcdStats& etcd) {
+  return {{"connected", etcd.connected()},   {"registered", etcd.registered()},
+          {"reconnects", etcd.reconnects()}, {"lost_leases", etcd.lost_leases()},
+          {"away_ms", etcd.away_ms()},       {"error", etcd.error()}};
 }
 
 Json StatsJson(const v1::Stats& stats) {
@@ -83,7 +90,8 @@ Json StatsJson(const v1::Stats& stats) {
                                                              stats.link_fallbacks().end())},
           {"resident_bytes", stats.resident_bytes()},
           {"select_p50_us", stats.select_p50_us()},
-          {"select_p99_us", stats.select_p99_us()}};
+          {"select_p99_us", stats.select_p99_us()},
+          {"etcd", stats.has_etcd() ? EtcdJson(stats.etcd()) : Json()}};
 }
 
 void PrintLine(const char* name, const std::string& value) {
@@ -116,6 +124,15 @@ void PrintStats(const v1::Stats& stats) {
   PrintLine("received", HumanBytes(stats.ingested_bytes()) + ", " +
                             std::to_string(stats.evictions()) + " evictions");
   PrintLine("resident", HumanBytes(stats.resident_bytes()));
+  if (stats.has_etcd()) {
+    const v1::EtcdStats& etcd = stats.etcd();
+    const std::string connection = etcd.connected()
+                                       ? Colored("connected", Color::kGreen)
+                                       : Colored("away", Color::kYellow) + " for " +
+                                             HumanDuration(absl::Milliseconds(etcd.away_ms())) +
+                                             ", the list is of before (" + etcd.error() + ")";
+    PrintLine("etcd", connection + (etcd.registered() ? ", entered" : ", not entered"));
+  }
   for (const auto& [reason, count] : stats.errors()) {
     PrintLine("errors", reason + " " + HumanCount(count));
   }
@@ -171,7 +188,9 @@ class StatusCommand : public Command {
                             HumanBytes(info.max_chunk_bytes()));
     if (info.shards_size() > 0) {
       std::string names;
-      for (const v1::Shard& shard : info.shards()) names += " " + shard.name();
+      for (const v1::Shard& shard : info.shards()) {
+        names += " " + shard.name() + (shard.draining() ? " (draining)" : "");
+      }
       PrintLine("shard", info.shard() + " of" + names);
     }
     PrintLine("sequences", HumanCount(static_cast<int64_t>(sequences)) + ", " +

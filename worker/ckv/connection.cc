@@ -37,7 +37,13 @@ void ServerFlags::Register(FlagSet& flags) {
 void PlaceFlags::Register(FlagSet& flags) {
   ServerFlags::Register(flags);
   flags.String("servers", "HOST:PORT,…", &servers,
-               "instead: shards, or a name of all; each sequence goes to the one that owns it");
+               "instead: shards, a name of all, or etcd://HOST:PORT/PREFIX; each sequence goes to "
+               "the one that owns it");
+  flags.String("etcd_ca", "FILE", &etcd_tls.ca_file,
+               "who signed etcd's certificate, PEM; without it there is no TLS to etcd");
+  flags.String("etcd_cert", "FILE", &etcd_tls.certificate_file,
+               "the certificate to show etcd, PEM");
+  flags.String("etcd_key", "FILE", &etcd_tls.key_file, "its private key, PEM");
 }
 
 void AdminFlags::Register(FlagSet& flags, bool required, const ServerFlags* server) {
@@ -89,6 +95,7 @@ absl::StatusOr<std::unique_ptr<Places>> Places::Connect(const PlaceFlags& flags,
   options.worker_name = "ckv";
   options.session = session;
   options.tls = flags.tls;
+  options.etcd_tls = flags.etcd_tls;
   options.connect_timeout = flags.connect_timeout;
   auto shards = Shards::Connect(flags.servers, options);
   if (!shards.ok()) return ConnectError(flags.servers, shards.status());

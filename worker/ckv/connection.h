@@ -11,7 +11,6 @@
 #include "absl/time/time.h"
 #include "worker/ckv/flags.h"
 #include "worker/client.h"
-#include "worker/credentials.h"
 #include "worker/shards.h"
 
 namespace clusterkv::worker::ckv {
@@ -30,6 +29,7 @@ struct ServerFlags {
 // For commands whose sequences may be spread over shards.
 struct PlaceFlags : ServerFlags {
   std::string servers;  // empty: --server alone
+  TlsOptions etcd_tls;  // where `servers` is etcd's
   void Register(FlagSet& flags);
 };
 

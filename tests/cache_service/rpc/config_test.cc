@@ -201,5 +201,50 @@ TEST(ConfigTest, TlsIsWholeOrAbsent) {
       HasSubstr("tls_client_ca_file"));
 }
 
+TEST(ConfigTest, TheShardsComeFromAFileOrFromEtcd) {
+  const auto fault = [](std::vector<std::string> flags) {
+    return MessageOf(FromFlags(std::move(flags)).status());
+  };
+  const Config config =
+      FromFlags({"--etcd_endpoints=a:1,b:2", "--etcd_prefix=kv/one", "--etcd_lease_ttl_ms=3000",
+                 "--etcd_ca_file=ca", "--etcd_certificate_file=c", "--etcd_key_file=k",
+                 "--shard_name=kv-0", "--advertise_address=kv-0.kv:7400"})
+          .value();
+  EXPECT_THAT(config.etcd.endpoints, ::testing::ElementsAre("a:1", "b:2"));
+  EXPECT_EQ(config.etcd.prefix, "kv/one");
+  EXPECT_EQ(config.etcd.tls.key_file, "k");
+  EXPECT_EQ(config.etcd_lease_ttl, absl::Seconds(3));
+  EXPECT_EQ(config.advertise_address, "kv-0.kv:7400");
+  // An address of its own that others can use needs no other.
+  EXPECT_EQ(fault({"--etcd_endpoints=a:1", "--listen=10.0.0.1:7400"}), "");
+  EXPECT_EQ(fault({"--etcd_endpoints=a:1", "--listen=127.0.0.1:0"}), "") << "as bound";
+  const struct {
+    std::vector<std::string> flags;
+    const char* message;
+  } bad[] = {
+      {{"--shards_file=f", "--etcd_endpoints=a:1"}, "shards_file: expected none"},
+      {{"--shard_name=a"}, "shards_file: expected a file (or etcd_endpoints)"},
+      {{"--etcd_ca_file=f"}, "etcd_endpoints: expected host:port, as etcd_ca_file is set"},
+      {{"--advertise_address=a:1"}, "as advertise_address is set"},
+      {{"--etcd_endpoints=http://a:1", "--listen=b:1"}, "etcd_endpoints: expected host:port"},
+      {{"--etcd_endpoints=a", "--listen=b:1"}, "got \"a\""},
+      {{"--etcd_endpoints=a:1", "--etcd_prefix=/kv", "--listen=b:1"}, "etcd_prefix: expected"},
+      {{"--etcd_endpoints=a:1", "--etcd_certificate_file=c", "--listen=b:1"},
+       "etcd_ca_file: expected a file"},
+      {{"--etcd_endpoints=a:1", "--etcd_ca_file=a", "--etcd_key_file=k", "--listen=b:1"},
+       "etcd_certificate_file: expected a file, as etcd_key_file is set"},
+      {{"--etcd_endpoints=a:1", "--etcd_ca_file=a", "--etcd_certificate_file=c", "--listen=b:1"},
+       "etcd_key_file: expected a file"},
+      {{"--etcd_endpoints=a:1", "--etcd_lease_ttl_ms=10", "--listen=b:1"},
+       "etcd_lease_ttl_ms: expected 2000 to"},
+      {{"--etcd_endpoints=a:1"}, "advertise_address: expected host:port, as others cannot use"},
+      {{"--etcd_endpoints=a:1", "--listen=unix:/tmp/s"}, "advertise_address: expected host:port"},
+      {{"--etcd_endpoints=a:1", "--advertise_address=[::]:1"}, "got \"[::]:1\""},
+  };
+  for (const auto& one : bad) {
+    EXPECT_THAT(fault(one.flags), HasSubstr(one.message)) << one.message;
+  }
+}
+
 }  // namespace
 }  // namespace clusterkv::cache_service

@@ -85,10 +85,10 @@ TEST_F(ShardListTest, NamesTheOwnerUnlessItIsThisShard) {
     const auto owner = list->OtherOwner(sequence);
     EXPECT_EQ(owner.has_value() ? owner->name() : "b", ranked[0].name());
     own += !owner.has_value();
-    // Without the first, the second owns it; without all, whoever is asked.
-    const auto next = list->OtherOwner(sequence, {ranked[0].name()});
+    // Without the first, the second takes it; without all, whoever is asked.
+    const auto next = list->OtherTaker(sequence, {ranked[0].name()});
     EXPECT_EQ(next.has_value() ? next->name() : "b", ranked[1].name());
-    EXPECT_FALSE(list->OtherOwner(sequence, {"a", "b", "c"}).has_value());
+    EXPECT_FALSE(list->OtherTaker(sequence, {"a", "b", "c"}).has_value());
   }
   EXPECT_NEAR(own, 100, 50);
 }

@@ -127,6 +127,35 @@ TEST(ServerMetricsTest, MapsOfTheStatsAreSeriesByTheirKey) {
   EXPECT_EQ(calls[0].counter.value, 5);
 }
 
+TEST(ServerMetricsTest, EtcdHasFiguresWhereItIsAsked) {
+  ServerMetrics metrics;
+  v1::Stats stats;
+  const auto value = [&](const char* name) {
+    return Find(metrics.Families(stats, 0), name).metric.at(0).gauge.value;
+  };
+  EXPECT_EQ(value("clusterkv_listed_shards"), 0);
+  EXPECT_TRUE(Find(metrics.Families(stats, 0), "clusterkv_etcd_connected").metric.empty());
+  stats.set_shards(3);
+  stats.mutable_etcd()->set_registered(true);
+  EXPECT_EQ(value("clusterkv_listed_shards"), 3);
+  EXPECT_EQ(value("clusterkv_etcd_connected"), 0);
+  EXPECT_EQ(value("clusterkv_etcd_registered"), 1);
+}
+
+TEST(ServerMetricsTest, TheArenaIsUsedWhereItIsHeldOrPromised) {
+  ServerMetrics metrics;
+  v1::Stats stats;
+  const auto used = [&] {
+    return Find(metrics.Families(stats, 0), "clusterkv_arena_used_ratio").metric.at(0).gauge.value;
+  };
+  EXPECT_EQ(used(), 0) << "an arena of nothing";
+  stats.mutable_pages()->set_total(8);
+  stats.mutable_pages()->set_free(6);
+  EXPECT_EQ(used(), 0.25);
+  stats.set_reserved_pages(4);
+  EXPECT_EQ(used(), 0.75);
+}
+
 TEST(MetricTableTest, PrintsARowForEachMetric) {
   std::istringstream lines(MetricTableJson());
   size_t rows = 0;

@@ -109,3 +109,13 @@ app.kubernetes.io/name: {{ include "clusterkv.name" . }}
 app.kubernetes.io/instance: {{ .Release.Name }}
 app.kubernetes.io/component: test
 {{- end -}}
+
+{{/* Under which the shards' keys are. */}}
+{{- define "clusterkv.etcdPrefix" -}}
+{{- default (printf "clusterkv/%s/%s" .Release.Namespace (include "clusterkv.fullname" .)) .Values.etcd.prefix -}}
+{{- end -}}
+
+{{/* The fewest shards that there should be. */}}
+{{- define "clusterkv.leastShards" -}}
+{{- ternary .Values.shards .Values.autoscaling.minShards (eq .Values.autoscaling.mode "disabled") | int -}}
+{{- end -}}

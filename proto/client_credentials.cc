@@ -1,4 +1,4 @@
-#include "worker/credentials.h"
+#include "proto/client_credentials.h"
 
 #include <grpcpp/security/credentials.h>
 #include <grpcpp/security/tls_certificate_provider.h>
@@ -9,7 +9,7 @@
 #include <cstring>
 #include <fstream>
 
-namespace clusterkv::worker {
+namespace clusterkv {
 namespace {
 
 constexpr unsigned kRereadSeconds = 5;
@@ -17,7 +17,7 @@ constexpr unsigned kRereadSeconds = 5;
 }  // namespace
 
 absl::StatusOr<std::shared_ptr<grpc::ChannelCredentials>> MakeCredentials(
-    const TlsOptions& options, grpc::ChannelArguments* arguments) {
+    const ClientTls& options, grpc::ChannelArguments* arguments) {
   using grpc::experimental::FileWatcherCertificateProvider;
   if (options.certificate_file.empty() != options.key_file.empty()) {
     return absl::InvalidArgumentError(
@@ -49,4 +49,4 @@ absl::StatusOr<std::shared_ptr<grpc::ChannelCredentials>> MakeCredentials(
   return grpc::experimental::TlsCredentials(tls);
 }
 
-}  // namespace clusterkv::worker
+}  // namespace clusterkv

@@ -1,9 +1,9 @@
-// How a worker knows its server, and the server its worker: TLS from files.
+// How a client knows its server, and the server its client: TLS from files.
 //
 // Files are read again every few seconds, so that certificates are renewed by replacing them: new
 // connections use what is there then, open ones live on. Thread-safe.
-#ifndef CLUSTERKV_WORKER_CREDENTIALS_H_
-#define CLUSTERKV_WORKER_CREDENTIALS_H_
+#ifndef CLUSTERKV_PROTO_CLIENT_CREDENTIALS_H_
+#define CLUSTERKV_PROTO_CLIENT_CREDENTIALS_H_
 
 #include <memory>
 #include <string>
@@ -15,11 +15,11 @@ class ChannelArguments;
 class ChannelCredentials;
 }  // namespace grpc
 
-namespace clusterkv::worker {
+namespace clusterkv {
 
-struct TlsOptions {
+struct ClientTls {
   std::string ca_file;                     // PEM, who signed the server's; empty: no TLS
-  std::string certificate_file, key_file;  // PEM, the worker's own; empty: it shows none
+  std::string certificate_file, key_file;  // PEM, the client's own; empty: it shows none
   std::string server_name;                 // in the server's certificate; empty: the target's host
   bool enabled() const { return !ca_file.empty(); }
 };
@@ -27,8 +27,8 @@ struct TlsOptions {
 // Credentials for a channel; arguments gets what belongs to them. Without TLS: those of plain text.
 // Errors: InvalidArgument when a file cannot be read, or of certificate and key one is missing.
 absl::StatusOr<std::shared_ptr<grpc::ChannelCredentials>> MakeCredentials(
-    const TlsOptions& options, grpc::ChannelArguments* arguments);
+    const ClientTls& options, grpc::ChannelArguments* arguments);
 
-}  // namespace clusterkv::worker
+}  // namespace clusterkv
 
-#endif  // CLUSTERKV_WORKER_CREDENTIALS_H_
+#endif  // CLUSTERKV_PROTO_CLIENT_CREDENTIALS_H_
