@@ -1,7 +1,9 @@
 // ckv bench: load on a server, for those who have no ghz, and for calls that ghz cannot make.
 #include <unistd.h>
 
+#include <algorithm>
 #include <cstdio>
+#include <map>
 
 #include "kernels/base/status_macros.h"
 #include "proto/grpc_status.h"
@@ -33,24 +35,35 @@ class Caller {
   virtual absl::Status Call() = 0;
 };
 
+// The sequences that one server has.
+struct ServerSequences {
+  Client* client = nullptr;
+  std::vector<v1::Sequence> sequences;
+};
+
+// Each call goes to one server, as often as it has sequences.
 class SelectCaller : public Caller {
  public:
-  SelectCaller(Client* client, const std::vector<v1::Sequence>* sequences, int64_t items,
-               uint64_t seed)
-      : client_(client), sequences_(sequences), items_(items), random_(seed) {}
+  SelectCaller(const std::vector<ServerSequences>* servers, int64_t items, uint64_t seed)
+      : servers_(servers), items_(items), random_(seed) {
+    for (const ServerSequences& server : *servers) {
+      sequences_ += static_cast<int64_t>(server.sequences.size());
+    }
+  }
 
   absl::Status Call() override {
+    const ServerSequences& server = Next();
     v1::SelectClustersRequest request;
     request.set_want_state(true);
     for (int64_t i = 0; i < items_; ++i) {
       const v1::Sequence& sequence =
-          (*sequences_)[random_.Below(static_cast<int64_t>(sequences_->size()))];
+          server.sequences[random_.Below(static_cast<int64_t>(server.sequences.size()))];
       v1::SelectItem* item = request.add_items();
       *item->mutable_sequence() = sequence.handle();
       item->set_layer(random_.Below(sequence.shape().layers()));
       FillQueries(sequence.shape(), &random_, item->mutable_queries());
     }
-    CKV_ASSIGN_OR_RETURN(const auto response, client_->SelectClusters(request));
+    CKV_ASSIGN_OR_RETURN(const auto response, server.client->SelectClusters(request));
     for (const v1::SelectResult& result : response.results()) {
       CKV_RETURN_IF_ERROR(FromRpcStatus(result.error()));
     }
@@ -58,9 +71,18 @@ class SelectCaller : public Caller {
   }
 
  private:
-  Client* client_;
-  const std::vector<v1::Sequence>* sequences_;
-  int64_t items_;
+  const ServerSequences& Next() {
+    if (servers_->size() == 1) return servers_->front();
+    int64_t at = random_.Below(sequences_);
+    for (const ServerSequences& server : *servers_) {
+      at -= static_cast<int64_t>(server.sequences.size());
+      if (at < 0) return server;
+    }
+    return servers_->back();
+  }
+
+  const std::vector<ServerSequences>* servers_;
+  int64_t items_, sequences_ = 0;
   Random random_;
 };
 
@@ -129,8 +151,8 @@ class SelectAndRecallCaller : public Caller {
 // Opens, fills, seals and releases a sequence of one layer.
 class PutCaller : public Caller {
  public:
-  PutCaller(Client* client, int64_t thread, int64_t tokens)
-      : client_(client),
+  PutCaller(Places* places, int64_t thread, int64_t tokens)
+      : places_(places),
         thread_(thread),
         layer_(MakeSyntheticLayer({2, 4, 64, kernels::ElementType::kBFloat16}, tokens, 0,
                                   static_cast<uint64_t>(thread))) {}
@@ -144,17 +166,16 @@ class PutCaller : public Caller {
     request.mutable_shape()->set_query_heads(layer_.shape.query_heads);
     request.mutable_shape()->set_head_dim(layer_.shape.head_dim);
     request.set_prompt_tokens(layer_.tokens);
-    request.set_session_id(client_->session_id());
-    CKV_ASSIGN_OR_RETURN(const v1::Sequence opened, client_->OpenSequence(request));
-    SequenceGuard guard(client_, opened.handle());
-    CKV_ASSIGN_OR_RETURN(auto writer, PrefillWriter::Create(client_, opened));
+    CKV_ASSIGN_OR_RETURN(const PlacedSequence opened, places_->OpenSequence(std::move(request)));
+    SequenceGuard guard(opened.client, opened.sequence.handle());
+    CKV_ASSIGN_OR_RETURN(auto writer, PrefillWriter::Create(opened.client, opened.sequence));
     CKV_RETURN_IF_ERROR(PutPrompt(writer.get(), 0, layer_, layer_.tokens));
     CKV_RETURN_IF_ERROR(writer->Finish().status());
     return guard.Release();
   }
 
  private:
-  Client* client_;
+  Places* places_;
   int64_t thread_, calls_ = 0;
   TraceLayer layer_;
 };
@@ -179,11 +200,12 @@ class BenchCommand : public Command {
   }
 
   absl::Status Run() override {
+    if (patterns_.empty()) patterns_ = {"*"};
     for (int64_t i = 0; i < std::min(connections_, load_.concurrency); ++i) {
-      CKV_ASSIGN_OR_RETURN(auto client, ConnectClient(server_, /*session=*/true));
-      clients_.push_back(std::move(client));
+      CKV_ASSIGN_OR_RETURN(auto places, Places::Connect(server_, /*session=*/true));
+      made_.push_back({std::move(places), {}});
+      if (method_ != "put") CKV_RETURN_IF_ERROR(FindSequences(&made_.back()));
     }
-    if (method_ != "put") CKV_RETURN_IF_ERROR(FindSequences());
     std::vector<std::unique_ptr<Caller>> callers;
     std::vector<LoadCall> calls;
     for (int64_t i = 0; i < load_.concurrency; ++i) {
@@ -208,44 +230,63 @@ class BenchCommand : public Command {
   }
 
  private:
+  struct Connection {
+    std::unique_ptr<Places> places;
+    std::vector<ServerSequences> servers;  // with sequences to ask
+  };
+
   std::unique_ptr<Caller> MakeCaller(int64_t thread) {
-    Client* client = clients_[thread % clients_.size()].get();
+    const Connection& connection = made_[thread % made_.size()];
     const uint64_t seed = static_cast<uint64_t>(seed_) * 100'003 + thread;
-    if (method_ == "put") return std::make_unique<PutCaller>(client, thread, tokens_);
-    if (method_ == "select") {
-      return std::make_unique<SelectCaller>(client, &sequences_, items_, seed);
+    if (method_ == "put") {
+      return std::make_unique<PutCaller>(connection.places.get(), thread, tokens_);
     }
-    return std::make_unique<SelectAndRecallCaller>(client, sequences_[thread % sequences_.size()],
-                                                   seed);
+    if (method_ == "select") {
+      return std::make_unique<SelectCaller>(&connection.servers, items_, seed);
+    }
+    // Threads go round the servers, and round the sequences of each.
+    const size_t servers = connection.servers.size();
+    const ServerSequences& server = connection.servers[thread % servers];
+    const size_t sequence = thread / servers % server.sequences.size();
+    return std::make_unique<SelectAndRecallCaller>(server.client, server.sequences[sequence], seed);
   }
 
-  absl::Status FindSequences() {
-    if (patterns_.empty()) patterns_ = {"*"};
+  absl::Status FindSequences(Connection* connection) {
+    std::map<Client*, std::vector<v1::Sequence>> by_client;
     for (const std::string& pattern : patterns_) {
       const bool all = pattern.back() == '*';
       const std::string name = all ? pattern.substr(0, pattern.size() - 1) : pattern;
-      CKV_ASSIGN_OR_RETURN(const auto found, clients_[0]->ListSequences(name));
-      const size_t before = sequences_.size();
-      for (const v1::Sequence& sequence : found) {
-        const bool ready = sequence.state() == v1::SEQUENCE_STATE_READY ||
-                           sequence.state() == v1::SEQUENCE_STATE_APPENDING;
-        if (ready && (all || sequence.handle().name() == name)) sequences_.push_back(sequence);
+      CKV_ASSIGN_OR_RETURN(auto found, connection->places->ListPlaced(name));
+      int64_t ready = 0;
+      for (PlacedSequence& placed : found) {
+        const v1::SequenceState state = placed.sequence.state();
+        if (state != v1::SEQUENCE_STATE_READY && state != v1::SEQUENCE_STATE_APPENDING) continue;
+        if (!all && placed.sequence.handle().name() != name) continue;
+        by_client[placed.client].push_back(std::move(placed.sequence));
+        ++ready;
       }
-      if (sequences_.size() == before) {
+      if (ready == 0) {
         return absl::NotFoundError("no READY sequence \"" + pattern +
                                    "\"; `ckv seed --prefix=NAME` puts some in");
       }
     }
+    for (auto& [client, sequences] : by_client) {
+      connection->servers.push_back({client, std::move(sequences)});
+    }
+    // By name, not by where in memory a client lies: the same arguments ask the same.
+    std::sort(connection->servers.begin(), connection->servers.end(),
+              [](const ServerSequences& a, const ServerSequences& b) {
+                return a.sequences[0].handle().name() < b.sequences[0].handle().name();
+              });
     return absl::OkStatus();
   }
 
-  ServerFlags server_;
+  PlaceFlags server_;
   LoadOptions load_;
   std::vector<std::string> patterns_;
   std::string method_ = "select", json_;
   int64_t connections_ = 1, items_ = 1, tokens_ = 512, seed_ = 1;
-  std::vector<std::unique_ptr<Client>> clients_;
-  std::vector<v1::Sequence> sequences_;
+  std::vector<Connection> made_;
 };
 
 }  // namespace

@@ -1,5 +1,7 @@
 // ckv selftest: does this server do what it promises? A small made-up sequence goes through all of
-// it.
+// it. With --servers: each shard, and the shards together.
+#include <unistd.h>
+
 #include <cmath>
 #include <cstdio>
 #include <cstring>
@@ -8,6 +10,7 @@
 #include "kernels/base/status_macros.h"
 #include "kernels/codec/record_codec.h"
 #include "proto/grpc_status.h"
+#include "proto/placement.h"
 #include "worker/ckv/command.h"
 #include "worker/ckv/connection.h"
 #include "worker/ckv/exit_code.h"
@@ -35,17 +38,14 @@ class SelftestCommand : public Command {
   }
 
   absl::Status Run() override {
-    CKV_ASSIGN_OR_RETURN(client_, ConnectClient(server_, /*session=*/true));
-    places_ = std::make_unique<Places>(client_.get());
-    const v1::ServerInfo info = client_->server_info();
-    Report(info.boot_id() != 0 && !info.draining(), "server answers and takes work",
-           info.version() + " on " + info.device());
     MakeTrace();
-    CheckFullBudget();
-    CheckPresets();
-    CheckRepeatable();
-    CheckSequenceCalls();
-    CheckLedger();
+    if (server_.servers.empty()) {
+      CKV_RETURN_IF_ERROR(CheckServer(server_));
+      CheckLedger();
+    } else {
+      if (!admin_.admin.empty()) return UsageError("--admin is of one server: give --server");
+      CKV_RETURN_IF_ERROR(CheckShards());
+    }
     std::printf("\n%d of %d checks passed\n", passed_, passed_ + failed_);
     if (failed_ > 0) {
       return absl::InternalError(std::to_string(failed_) + " of " +
@@ -62,6 +62,60 @@ class SelftestCommand : public Command {
         passed ? Colored("PASS", Color::kGreen).c_str() : Colored("FAIL", Color::kRed).c_str(),
         what.c_str(), figures.c_str());
     std::fflush(stdout);
+  }
+
+  // All that one server promises.
+  absl::Status CheckServer(const ServerFlags& flags) {
+    CKV_ASSIGN_OR_RETURN(client_, ConnectClient(flags, /*session=*/true));
+    places_ = std::make_unique<Places>(client_.get());
+    const v1::ServerInfo info = client_->server_info();
+    Report(info.boot_id() != 0 && !info.draining(), "server answers and takes work",
+           info.version() + " on " + info.device());
+    CheckFullBudget();
+    CheckPresets();
+    CheckRepeatable();
+    CheckSequenceCalls();
+    return absl::OkStatus();
+  }
+
+  // Each shard by itself, and that they are one service.
+  absl::Status CheckShards() {
+    CKV_ASSIGN_OR_RETURN(const auto places, Places::Connect(server_, /*session=*/true));
+    const std::vector<v1::Shard> shards = places->shards()->members();
+    for (const v1::Shard& shard : shards) {
+      std::printf("%s at %s\n", shard.name().c_str(), shard.address().c_str());
+      ServerFlags flags = server_;
+      flags.server = shard.address();
+      if (absl::Status status = CheckServer(flags); !status.ok()) {
+        Report(false, "server answers and takes work", DescribeError(status));
+      }
+    }
+    std::printf("%zu shards as one\n", shards.size());
+    for (const v1::Shard& shard : shards) CheckPlacement(places->shards(), shard, shards);
+    return absl::OkStatus();
+  }
+
+  // A sequence of the shard's own goes there, and by its name alone it is found.
+  void CheckPlacement(Shards* all, const v1::Shard& shard, const std::vector<v1::Shard>& shards) {
+    const std::string what = shard.name() + " gets the sequences that it owns";
+    v1::OpenSequenceRequest request = Request();
+    for (int64_t i = 0; request.name().empty(); ++i) {
+      const std::string name = "ckv-selftest-" + std::to_string(getpid()) + "-" + std::to_string(i);
+      if (RankShards(name, shards).front().name() == shard.name()) request.set_name(name);
+    }
+    v1::SequenceHandle handle;
+    handle.set_name(request.name());
+    const absl::StatusOr<PlacedSequence> opened = all->OpenSequence(std::move(request));
+    if (!opened.ok()) return Report(false, what, DescribeError(opened.status()));
+    SequenceGuard guard(opened->client, opened->sequence.handle());
+    const absl::StatusOr<PlacedSequence> found = all->FindSequence(handle);
+    if (!found.ok()) return Report(false, what, DescribeError(found.status()));
+    ServerFlags flags = server_;
+    flags.server = shard.address();
+    const auto there = ConnectClient(flags, /*session=*/false);
+    if (!there.ok()) return Report(false, what, DescribeError(there.status()));
+    Report((*there)->GetSequence(handle).ok() && found->client == opened->client, what,
+           handle.name());
   }
 
   void MakeTrace() {
@@ -150,14 +204,20 @@ class SelftestCommand : public Command {
            "a released sequence is gone", v1::ErrorReason_Name(ReasonOf(gone.status())));
   }
 
-  absl::StatusOr<v1::Sequence> Prefill() {
+  // Of the trace's sequence, without name and session.
+  v1::OpenSequenceRequest Request() const {
     v1::OpenSequenceRequest request;
-    request.set_name("ckv-selftest-" + std::to_string(client_->session_id()));
     request.mutable_shape()->set_layers(kLayers);
     request.mutable_shape()->set_kv_heads(trace_.shape().kv_heads);
     request.mutable_shape()->set_query_heads(trace_.shape().query_heads);
     request.mutable_shape()->set_head_dim(trace_.shape().head_dim);
     request.set_prompt_tokens(kTokens);
+    return request;
+  }
+
+  absl::StatusOr<v1::Sequence> Prefill() {
+    v1::OpenSequenceRequest request = Request();
+    request.set_name("ckv-selftest-" + std::to_string(client_->session_id()));
     request.set_session_id(client_->session_id());
     CKV_ASSIGN_OR_RETURN(const v1::Sequence opened, client_->OpenSequence(request));
     SequenceGuard guard(client_.get(), opened.handle());
@@ -277,9 +337,9 @@ class SelftestCommand : public Command {
                                          : "not balanced");
   }
 
-  ServerFlags server_;
+  PlaceFlags server_;
   AdminFlags admin_;
-  std::unique_ptr<Client> client_;
+  std::unique_ptr<Client> client_;  // of the server that is checked now
   std::unique_ptr<Places> places_;  // the same, for Replay
   ReplayTrace trace_;
   int passed_ = 0, failed_ = 0;

@@ -120,6 +120,27 @@ absl::StatusOr<std::vector<v1::Sequence>> Places::ListSequences(const std::strin
   return shards_ != nullptr ? shards_->ListSequences(prefix) : client_->ListSequences(prefix);
 }
 
+absl::StatusOr<std::vector<PlacedSequence>> Places::ListPlaced(const std::string& prefix) {
+  auto sequences = ListSequences(prefix);
+  if (!sequences.ok()) return sequences.status();
+  std::vector<PlacedSequence> placed;
+  placed.reserve(sequences->size());
+  for (v1::Sequence& sequence : *sequences) {
+    if (shards_ == nullptr) {
+      placed.push_back({client_, std::move(sequence)});
+      continue;
+    }
+    auto found = shards_->FindSequence(sequence.handle());
+    if (found.ok()) {
+      placed.push_back(*std::move(found));
+    } else if (found.status().code() != absl::StatusCode::kNotFound &&
+               found.status().code() != absl::StatusCode::kFailedPrecondition) {
+      return found.status();
+    }
+  }
+  return placed;
+}
+
 AdminClient::AdminClient(std::shared_ptr<grpc::Channel> channel)
     : channel_(std::move(channel)), stub_(v1::AdminService::NewStub(channel_)) {}
 

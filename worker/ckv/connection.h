@@ -87,6 +87,9 @@ class Places {
   absl::StatusOr<PlacedSequence> OpenSequence(v1::OpenSequenceRequest request);
   absl::Status ReleaseSequence(const v1::SequenceHandle& sequence);
   absl::StatusOr<std::vector<v1::Sequence>> ListSequences(const std::string& prefix);
+  // The same, each with its server; without those that were released meanwhile.
+  absl::StatusOr<std::vector<PlacedSequence>> ListPlaced(const std::string& prefix);
+  Shards* shards() { return shards_.get(); }  // null: one server
 
  private:
   Places() = default;

@@ -4,8 +4,14 @@
 #include <grpcpp/grpcpp.h>
 #include <gtest/gtest.h>
 
+#include <filesystem>
+#include <fstream>
+#include <memory>
 #include <nlohmann/json.hpp>
+#include <set>
+#include <vector>
 
+#include "clusterkv/v1/admin_service.grpc.pb.h"
 #include "clusterkv/v1/cache_service.grpc.pb.h"
 #include "tests/free_port.h"
 #include "tests/worker/ckv/processes.h"
@@ -282,6 +288,104 @@ TEST_F(CommandsTest, TopOffATerminalShowsOneLook) {
   EXPECT_EQ(result.exit_code, 0) << result.err;
   EXPECT_THAT(result.out, HasSubstr("arena"));
   EXPECT_THAT(result.out, Not(HasSubstr("\x1b")));
+}
+
+// Three shards that know each other.
+class ShardsCommandsTest : public ::testing::Test {
+ protected:
+  static constexpr int kShards = 3;
+
+  void SetUp() override {
+    std::string list;
+    for (int i = 0; i < kShards; ++i) list += "kv-" + std::to_string(i) + " 127.0.0.1:1\n";
+    WriteList(list);
+    list.clear();
+    for (int i = 0; i < kShards; ++i) {
+      const std::string name = "kv-" + std::to_string(i);
+      servers_.push_back(ServerProcess::Start(
+          CLUSTERKV_SERVER, {"--arena_bytes=64MiB", "--build_threads=1", "--select_threads=1",
+                             "--shards_file=" + Path(), "--shard_name=" + name}));
+      ASSERT_NE(servers_.back(), nullptr);
+      list += name + " " + servers_.back()->target() + "\n";
+    }
+    WriteList(list);  // servers read it when it has changed
+  }
+
+  std::string Path() const { return folder_.Path("shards"); }
+  void WriteList(const std::string& list) const {
+    std::ofstream(Path() + ".new") << list;
+    std::filesystem::rename(Path() + ".new", Path());
+  }
+  // Any shard tells the others.
+  std::string Servers() const { return "--servers=" + servers_[1]->target(); }
+  // The names of those that begin so, on one server alone.
+  std::set<std::string> Held(int i, const std::string& prefix) const {
+    const auto channel =
+        grpc::CreateChannel(servers_[i]->target(), grpc::InsecureChannelCredentials());
+    grpc::ClientContext context;
+    v1::ListSequencesRequest request;
+    request.set_prefix(prefix);
+    v1::ListSequencesResponse response;
+    EXPECT_TRUE(
+        v1::CacheService::NewStub(channel)->ListSequences(&context, request, &response).ok());
+    std::set<std::string> names;
+    for (const v1::Sequence& sequence : response.sequences()) {
+      names.insert(sequence.handle().name());
+    }
+    return names;
+  }
+
+  TemporaryFolder folder_;
+  std::vector<std::unique_ptr<ServerProcess>> servers_;
+};
+
+TEST_F(ShardsCommandsTest, SelftestChecksEachShardAndAllTogether) {
+  const ProgramResult result = Ckv({"selftest", Servers()});
+  EXPECT_EQ(result.exit_code, 0) << result.out << result.err;
+  EXPECT_THAT(result.out, Not(HasSubstr("FAIL")));
+  for (int i = 0; i < kShards; ++i) {
+    EXPECT_THAT(result.out, HasSubstr("kv-" + std::to_string(i) + " at " + servers_[i]->target()));
+    EXPECT_THAT(result.out, HasSubstr("kv-" + std::to_string(i) + " gets the sequences"));
+    EXPECT_THAT(Held(i, ""), ::testing::IsEmpty());
+  }
+  EXPECT_EQ(Ckv({"selftest", Servers(), "--admin=" + servers_[0]->admin()}).exit_code, 2);
+}
+
+TEST_F(ShardsCommandsTest, BenchDrivesAllShards) {
+  constexpr int kSequences = 12;
+  ASSERT_EQ(Ckv({"seed", Servers(), "--sequences=" + std::to_string(kSequences), "--tokens=256",
+                 "--layers=1", "--prefix=load"})
+                .exit_code,
+            0);
+  size_t held = 0;
+  for (int i = 0; i < kShards; ++i) {
+    const std::set<std::string> names = Held(i, "load-");
+    EXPECT_THAT(names, Not(::testing::IsEmpty())) << i;  // by their names: the same in every run
+    held += names.size();
+  }
+  EXPECT_EQ(held, kSequences);
+  for (const char* method : {"select", "select_and_recall", "put"}) {
+    const std::string path = folder_.Path("bench.json");
+    const ProgramResult result =
+        Ckv({"bench", Servers(), "--sequences=load-*", std::string("--method=") + method,
+             "--rps=100", "--duration=400ms", "--concurrency=6", "--connections=2", "--items=2",
+             "--tokens=64", "--json=" + path});
+    ASSERT_EQ(result.exit_code, 0) << method << result.out << result.err;
+    const auto json = nlohmann::json::parse(ReadFile(path));
+    EXPECT_EQ(json["count"], 40) << method;
+    EXPECT_EQ(json["statusCodeDistribution"]["OK"], 40) << method;
+  }
+  // What was counted was asked of every one of them.
+  for (int i = 0; i < kShards; ++i) {
+    const auto channel =
+        grpc::CreateChannel(servers_[i]->admin(), grpc::InsecureChannelCredentials());
+    grpc::ClientContext context;
+    v1::Stats stats;
+    ASSERT_TRUE(
+        v1::AdminService::NewStub(channel)->GetStats(&context, v1::GetStatsRequest(), &stats).ok());
+    EXPECT_GT(stats.selects(), 0u) << i;
+  }
+  EXPECT_EQ(Ckv({"bench", Servers(), "--sequences=nobody"}).exit_code, 1);
 }
 
 TEST(DrainTest, ADrainedServerRefusesSequencesAndEndsWith0) {

@@ -2,8 +2,8 @@
 
 import os
 import pathlib
-import re
 import signal
+import socket
 import subprocess
 from collections.abc import Sequence
 
@@ -23,13 +23,24 @@ def model_and_text() -> tuple[pathlib.Path, pathlib.Path]:
     return MODEL, TEXT
 
 
+def keep_port(host: str, port: int = 0) -> socket.socket:
+    """A port that nobody else gets while the socket lives, but for a server that listens on it (with
+    SO_REUSEADDR, as servers do)."""
+    keeper = socket.socket()
+    keeper.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+    keeper.bind((host, port))
+    return keeper
+
+
 class Server:
-    """On ports that it chose itself; started anew, on the same."""
+    """On ports of its own, which it keeps while it is killed and started anew."""
 
     def __init__(self, program: str, arena: str = "256MiB", flags: Sequence[str] = (), *,
                  host: str = "127.0.0.1", port: int = 0):
         self.program, self.arena, self.flags = program, arena, flags
-        self.host, self.port, self.admin_port = host, port, 0
+        self.host = host
+        self.keepers = keep_port(host, port), keep_port(host)
+        self.port, self.admin_port = (keeper.getsockname()[1] for keeper in self.keepers)
         self.start()
 
     @property
@@ -46,8 +57,7 @@ class Server:
              f"--arena_bytes={self.arena}", "--log_level=warning", "--drain_timeout_ms=1000", *self.flags],
             stdout=subprocess.PIPE, text=True)
         for line in self.process.stdout:
-            if match := re.match(r"listening on \S*:(\d+), admin on \S*:(\d+)", line):
-                self.port, self.admin_port = map(int, match.groups())
+            if line.startswith("listening on"):
                 return
         raise RuntimeError(f"the server did not start: {self.process.wait()}")
 
