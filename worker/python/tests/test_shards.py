@@ -219,8 +219,11 @@ def test_a_name_of_several_addresses_is_several_servers():
     assert _shards.is_one("kv:7400", [(v4, "10.0.0.1"), (v6, "fd00::1")])
     assert _shards.is_one("kv:7400", [(v4, "10.0.0.1"), (v4, "10.0.0.2")]) is False
     assert _shards.is_one("kv:7400,") is False
+    assert _shards.is_one("etcd://127.0.0.1:2379/kv") is False
     with pytest.raises(clusterkv.InvalidRequestError):
         clusterkv.Client("nonsense,").server_info()
+    with pytest.raises(clusterkv.UnsupportedError, match="name some of the shards"):
+        clusterkv.Client("etcd://127.0.0.1:2379/kv").server_info()
 
 
 def test_a_headless_name_stands_for_its_addresses(server_program, monkeypatch):

@@ -24,6 +24,7 @@ from clusterkv.v1 import types_pb2 as types
 CONNECT_TIMEOUT = 2.0  # how long a shard that does not answer is waited for before another is asked
 AWAY_FOR = 5.0         # how long one that did not is not asked again
 REDIRECTS = 16         # more than a list is ever behind
+ETCD = "etcd://"       # worker/shards.h reads such a list; the control client does not
 
 
 @dataclasses.dataclass(frozen=True)
@@ -69,7 +70,7 @@ def joined(host: str, port: str | int) -> str:
 def is_one(target: str, addresses: Iterable[tuple[Any, str]] | None = None) -> bool | None:
     """Whether a target is one server: no list, and no name of several addresses (a headless service). None:
     its addresses must be known to tell. One of IPv4 and one of IPv6 are the same host's."""
-    if "," in target:
+    if "," in target or target.startswith(ETCD):
         return False
     if addresses is not None:
         families = [family for family, _ in addresses]
@@ -118,6 +119,9 @@ class Shards:
 
     def _seeds(self) -> Steps:
         """[(name, address, host if the target does not write this address)]."""
+        if self.target.startswith(ETCD):
+            raise make_error("UNIMPLEMENTED", "UNSUPPORTED", f"{self.target}: etcd's list is read by the native "
+                             "worker (ClusterKVCache) alone; name some of the shards, which tell all")
         seeds = []
         for text in filter(None, self.target.split(",")):
             if text.startswith("unix:"):
@@ -216,12 +220,14 @@ class Shards:
         for _ in range(2 * len(known) + REDIRECTS):
             following, redirected = redirected, None
             if following is None or following.name in without:
-                ranked = _placement.rank(mine.name, (s for s in known if s.name not in without))
+                ranked = _placement.rank(mine.name, (s for s in known
+                                                     if s.name not in without and not s.draining))
                 if not ranked:
                     break
                 following = ranked[0]
             del mine.without_shards[:]
-            mine.without_shards.extend(without)
+            # A server may not have heard yet of one that drains.
+            mine.without_shards.extend({*without, *(s.name for s in known if s.draining)} - {following.name})
             try:
                 return (yield from self._open_at(following.address, mine, timeout, session))
             except ClusterKVError as error:
