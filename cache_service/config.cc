@@ -1,5 +1,7 @@
 #include "cache_service/config.h"
 
+#include <sched.h>
+
 #include <algorithm>
 #include <cerrno>
 #include <charconv>
@@ -236,16 +238,22 @@ class Resolver {
   absl::Status status_;
 };
 
+// That this process may run on: a container or taskset may leave it few of the machine's.
+int64_t Cores() {
+  cpu_set_t cores;
+  if (sched_getaffinity(0, sizeof(cores), &cores) == 0) return std::max(1, CPU_COUNT(&cores));
+  return std::max(1u, std::thread::hardware_concurrency());
+}
+
 int Threads(Resolver& check, const char* field, uint32_t value) {
-  const int64_t cores = std::max(1u, std::thread::hardware_concurrency());
-  return static_cast<int>(check.Number(field, value, cores, 1, 1024));
+  return static_cast<int>(check.Number(field, value, Cores(), 1, 1024));
 }
 
 // Whichever thread gets an event first wakes another to wait for the next one; where CPUs are few
 // that one takes the time of the first. 0: as gRPC chooses.
 int NetworkThreads(const v1::ServerConfig& message, Resolver& check, absl::Duration spin) {
-  constexpr unsigned kFewCpus = 4;
-  const bool one = spin > absl::ZeroDuration() || std::thread::hardware_concurrency() <= kFewCpus;
+  constexpr int64_t kFewCpus = 4;
+  const bool one = spin > absl::ZeroDuration() || Cores() <= kFewCpus;
   return static_cast<int>(
       check.Number("network_threads", message.network_threads(), one ? 1 : 0, 0, 64));
 }
@@ -446,8 +454,8 @@ const std::vector<ConfigField>& ConfigFields() {
       {"device", "cpu", "what computes: cpu, cuda or cuda:N"},
       {"arena_bytes", "1GiB", "memory for KV and indices, allocated at start"},
       {"page_bytes", "32KiB", "a page of the arena: a power of two, 4KiB to 2MiB"},
-      {"build_threads", "0", "threads that cluster; 0: all cores"},
-      {"select_threads", "0", "threads that answer queries; 0: all cores"},
+      {"build_threads", "0", "threads that cluster; 0: all cores that the process may use"},
+      {"select_threads", "0", "threads that answer queries; 0: all cores that the process may use"},
       {"spin_us", "0", "how long an idle stream's thread polls before it sleeps; 0: not at all"},
       {"session_ttl_ms", "30000", "life of a session without heartbeat"},
       {"attachment_ttl_ms", "300000", "life of an attachment without session after its last use"},

@@ -138,6 +138,7 @@ absl::Status Server::Impl::Start(const Config& config) {
 #endif
   });
   SetPollSpin(config.spin);
+  SetPromptPolls(!config.tenants.empty());  // a quiet tenant's call is known when it comes
   if (!config.shards_file.empty()) {
     CKV_ASSIGN_OR_RETURN(shards, ShardList::Load(config.shards_file, config.shard_name));
   } else if (!config.etcd.endpoints.empty()) {

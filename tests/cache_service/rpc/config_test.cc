@@ -2,6 +2,7 @@
 
 #include <gmock/gmock.h>
 #include <gtest/gtest.h>
+#include <sched.h>
 
 #include <fstream>
 
@@ -62,6 +63,22 @@ TEST(ConfigTest, EveryRowsDefaultIsWhatAnEmptyConfigurationGives) {
   EXPECT_EQ(written.max_connections, empty.max_connections);
   EXPECT_EQ(written.network_threads, empty.network_threads);
   EXPECT_EQ(empty.metrics_listen, "") << "no /metrics unless asked for";
+}
+
+TEST(ConfigTest, ThreadsFollowTheProcessorsThatTheProcessMayUse) {
+  cpu_set_t all, one;
+  ASSERT_EQ(sched_getaffinity(0, sizeof(all), &all), 0);
+  CPU_ZERO(&one);
+  for (int cpu = 0; cpu < CPU_SETSIZE && CPU_COUNT(&one) == 0; ++cpu) {
+    if (CPU_ISSET(cpu, &all)) CPU_SET(cpu, &one);
+  }
+  ASSERT_EQ(sched_setaffinity(0, sizeof(one), &one), 0);
+  const absl::StatusOr<Config> config = FromFlags({});
+  ASSERT_EQ(sched_setaffinity(0, sizeof(all), &all), 0);
+  ASSERT_TRUE(config.ok()) << config.status();
+  EXPECT_EQ(config->shard.select_threads, 1);
+  EXPECT_EQ(config->shard.build_threads, 1);
+  EXPECT_EQ(config->network_threads, 1);
 }
 
 TEST(ConfigTest, BytesHaveBinarySuffixes) {
