@@ -719,6 +719,10 @@ DecodeSession::Recalled DecodeSession::recalled(int64_t layer) const {
           impl_->correction_log_scales};
 }
 
+int64_t DecodeSession::max_exact_tokens() const {
+  return std::max<int64_t>(1, impl_->attachment.max_exact_tokens());
+}
+
 const std::vector<std::vector<int32_t>>& DecodeSession::last_positions(int64_t layer) const {
   return impl_->layers[layer].cache.positions();
 }

@@ -100,6 +100,7 @@ class DecodeSession {
     absl::Span<const float> correction_log_scales;    // [query_heads], or empty
   };
   Recalled recalled(int64_t layer) const;
+  int64_t max_exact_tokens() const;  // that a selection may name per KV head, 1 or more
 
   // The exact tokens of the layer's last Step: positions per KV head (sinks and window left out).
   const std::vector<std::vector<int32_t>>& last_positions(int64_t layer) const;

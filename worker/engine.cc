@@ -208,7 +208,6 @@ absl::Status Engine::Impl::Append(EngineSequence* of, int64_t layer, const Engin
   CKV_ASSIGN_OR_RETURN(const std::shared_ptr<std::byte> staged, device->Staging(2 * bytes));
   CKV_RETURN_IF_ERROR(device->Gather(keys, staged.get(), stream));
   CKV_RETURN_IF_ERROR(device->Gather(values, staged.get() + bytes, stream));
-  CKV_RETURN_IF_ERROR(of->layers->Append(layer, keys, values, stream));
   const bool waits = device->synchronous();
   auto result = std::make_shared<absl::Status>();
   of->Enter();
@@ -238,21 +237,19 @@ absl::Status Engine::Impl::BeginStep(EngineSequence* of, int64_t layer, const vo
   std::byte* const staged = of->queries[layer].get();
   CKV_RETURN_IF_ERROR(device->Gather(
       {queries, 1, 1, of->query_bytes, of->query_bytes, of->query_bytes}, staged, stream));
+  CKV_RETURN_IF_ERROR(of->layers->Begin(layer));
   of->Enter();
-  of->layers->Begin(layer, stream);
   const bool untold = !device->synchronous();
   const absl::Status handed = device->Then(stream, [=] {
     of->lane->Push([=] {
       const auto bytes = static_cast<size_t>(of->query_bytes);
       const absl::Status recalled =
           of->session->Recall(layer, absl::MakeConstSpan(staged, bytes), nullptr);
-      of->layers->Publish(layer, staged, of->session.get(), recalled);
-      of->Leave(recalled, untold);
+      of->Leave(of->layers->Publish(layer, staged, of->session.get(), recalled), untold);
     });
   });
   if (handed.ok()) return handed;
-  of->layers->Publish(layer, staged, of->session.get(), handed);
-  of->Leave(handed, false);
+  of->Leave(of->layers->Publish(layer, staged, of->session.get(), handed), false);
   return handed;
 }
 
@@ -260,6 +257,13 @@ Engine::Engine(std::unique_ptr<Impl> impl) : impl_(std::move(impl)) {}
 Engine::~Engine() = default;
 
 absl::StatusOr<std::unique_ptr<Engine>> Engine::Open(const EngineOptions& options) {
+  CKV_ASSIGN_OR_RETURN(std::unique_ptr<EngineDevice> device,
+                       MakeEngineDevice(options.device, options.step_timeout));
+  return Open(options, std::move(device));
+}
+
+absl::StatusOr<std::unique_ptr<Engine>> Engine::Open(const EngineOptions& options,
+                                                     std::unique_ptr<EngineDevice> device) {
   if (options.threads < 1 || options.staging_bytes < 1) {
     return Error(v1::INVALID_FIELD, absl::StrCat("threads, staging_bytes: expected 1 or more, got ",
                                                  options.threads, ", ", options.staging_bytes));
@@ -270,7 +274,7 @@ absl::StatusOr<std::unique_ptr<Engine>> Engine::Open(const EngineOptions& option
   if (options.output_type == v1::ELEMENT_TYPE_UNSPECIFIED) {
     impl->options.output_type = v1::ELEMENT_TYPE_FLOAT32;
   }
-  CKV_ASSIGN_OR_RETURN(impl->device, MakeEngineDevice(options.device, options.step_timeout));
+  impl->device = std::move(device);
   CKV_ASSIGN_OR_RETURN(impl->shards, Shards::Connect(options.target, options.client));
   for (int i = 0; i < options.threads; ++i) impl->lanes.push_back(std::make_unique<Lane>());
   return std::unique_ptr<Engine>(new Engine(std::move(impl)));

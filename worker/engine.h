@@ -77,6 +77,9 @@ class Engine {
  public:
   // Connects. Errors: as Shards::Connect and MakeEngineDevice; InvalidArgument for options.
   static absl::StatusOr<std::unique_ptr<Engine>> Open(const EngineOptions& options);
+  // The same on another device than options.device says.
+  static absl::StatusOr<std::unique_ptr<Engine>> Open(const EngineOptions& options,
+                                                      std::unique_ptr<EngineDevice> device);
   // Closes what is open. On a GPU: after the streams that it was given have done their work.
   ~Engine();
 

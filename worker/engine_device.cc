@@ -3,12 +3,17 @@
 #include <condition_variable>
 #include <cstring>
 #include <mutex>
+#include <string_view>
 #include <utility>
 #include <vector>
 
+#include "absl/strings/numbers.h"
 #include "absl/strings/str_cat.h"
 #include "kernels/base/element_type.h"
 #include "proto/error.h"
+#ifdef CLUSTERKV_HAS_CUDA
+#include "worker/engine_cuda.h"
+#endif
 
 namespace clusterkv::worker {
 namespace {
@@ -26,10 +31,13 @@ class HostLayers : public EngineLayers {
     for (uint32_t l = 0; l < shape.layers(); ++l) layers_.push_back(std::make_unique<Layer>());
   }
 
-  void Begin(int64_t layer, EngineStream) override { ++layers_[layer]->begun; }
+  absl::Status Begin(int64_t layer) override {
+    ++layers_[layer]->begun;
+    return absl::OkStatus();
+  }
 
-  void Publish(int64_t layer, const std::byte* queries, DecodeSession* session,
-               const absl::Status& recalled) override {
+  absl::Status Publish(int64_t layer, const std::byte* queries, DecodeSession* session,
+                       const absl::Status& recalled) override {
     Layer& of = *layers_[layer];
     std::vector<float> output(static_cast<size_t>(elements_));
     absl::Status status = recalled;
@@ -40,9 +48,10 @@ class HostLayers : public EngineLayers {
     if (!status.ok()) output.assign(output.size(), 0.0f);
     const std::lock_guard<std::mutex> lock(of.mutex);
     of.output = std::move(output);
-    of.status = std::move(status);
+    of.status = status;
     ++of.published;
     of.changed.notify_all();
+    return status;
   }
 
   absl::Status Attend(int64_t layer, void* output, EngineStream) override {
@@ -51,10 +60,6 @@ class HostLayers : public EngineLayers {
     of.changed.wait(lock, [&of] { return of.published == of.begun; });
     kernels::FromFloat(of.output.data(), output_type_, elements_, static_cast<std::byte*>(output));
     return of.status;
-  }
-
-  absl::Status Append(int64_t, const EngineRows&, const EngineRows&, EngineStream) override {
-    return absl::OkStatus();  // the session keeps them
   }
 
   int64_t held_bytes() const override { return 0; }
@@ -109,14 +114,23 @@ class HostDevice : public EngineDevice {
 }  // namespace
 
 absl::StatusOr<std::unique_ptr<EngineDevice>> MakeEngineDevice(const std::string& device,
-                                                               absl::Duration) {
+                                                               absl::Duration step_timeout) {
   if (device == "cpu") return std::make_unique<HostDevice>();
-  if (device.substr(0, 4) != "cuda") {
+  constexpr std::string_view kNumbered = "cuda:";
+  int ordinal = 0;
+  if (device != "cuda" &&
+      (device.substr(0, kNumbered.size()) != kNumbered ||
+       !absl::SimpleAtoi(device.substr(kNumbered.size()), &ordinal) || ordinal < 0)) {
     return Error(v1::INVALID_FIELD,
                  absl::StrCat("device: expected cpu, cuda or cuda:N, got ", device));
   }
+#ifdef CLUSTERKV_HAS_CUDA
+  return MakeCudaEngineDevice(ordinal, step_timeout);
+#else
+  (void)step_timeout;
   return absl::UnavailableError(
-      absl::StrCat("device ", device, ": an engine's pointers on a GPU are not supported yet"));
+      absl::StrCat("device ", device, ": this worker was built without CUDA"));
+#endif
 }
 
 }  // namespace clusterkv::worker

@@ -35,19 +35,17 @@ class EngineLayers {
  public:
   virtual ~EngineLayers() = default;
 
-  // Caller's thread, in the order of the steps of a layer: the layer has begun one step more, whose
-  // queries are at `queries` (host memory of Staging) once `stream` has come so far.
-  virtual void Begin(int64_t layer, EngineStream stream) = 0;
-  // Worker's thread, in the same order: what the service answered, or why it did not.
-  virtual void Publish(int64_t layer, const std::byte* queries, DecodeSession* session,
-                       const absl::Status& recalled) = 0;
+  // Caller's thread: one step more of the layer will be published. Errors: DeadlineExceeded when an
+  // earlier one was not in time, and the device went on without it: the sequence is of no use.
+  virtual absl::Status Begin(int64_t layer) = 0;
+  // Worker's thread, in the same order: what the service answered, or why it did not. Returns how
+  // the step ended.
+  virtual absl::Status Publish(int64_t layer, const std::byte* queries, DecodeSession* session,
+                               const absl::Status& recalled) = 0;
   // Caller's thread: `stream` waits for the step's Publish, attends and writes `output`, zeros
   // after a failure. With host memory it returns the step's status, on a GPU what could not be
   // launched.
   virtual absl::Status Attend(int64_t layer, void* output, EngineStream stream) = 0;
-  // Caller's thread: the next token's rows of a layer, where the device keeps them itself.
-  virtual absl::Status Append(int64_t layer, const EngineRows& key, const EngineRows& value,
-                              EngineStream stream) = 0;
   virtual int64_t held_bytes() const = 0;  // of KV, on the device
 };
 

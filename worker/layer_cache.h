@@ -54,6 +54,13 @@ class LayerCache {
       for (const Miss& miss : heads_[h].misses) f(Slot(heads_[h], miss.slot));
     }
   }
+  // The same with where they lie: f(kv_head, slot, record).
+  template <typename F>
+  void ForEachMissedSlot(F f) const {
+    for (size_t h = 0; h < heads_.size(); ++h) {
+      for (const Miss& miss : heads_[h].misses) f(h, miss.slot, Slot(heads_[h], miss.slot));
+    }
+  }
   // Bytes of the slots that were ever used.
   int64_t held_bytes() const;
 

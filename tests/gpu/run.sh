@@ -18,8 +18,9 @@ Usage: tests/gpu/run.sh --out=DIR [--only=unit|links|faults|bench] [--cases=DIR]
   --build=DIR   where binaries go (default: build/gpu)
   --prebuilt    they are there already
   --sanitize=0  not under compute-sanitizer
-  --programs=DIR  clusterkv-server and ckv of a build with CUDA, their shared libraries in DIR/lib
-                  where the machine lacks them (default: build/*/bin)
+  --programs=DIR  clusterkv-server, ckv and (for links) engine_cuda_gpu_test of a build with CUDA,
+                  their shared libraries in DIR/lib where the machine lacks them (default:
+                  build/*/bin)
   --kills=N     of the worker per link (default: 20)
 END
 }
@@ -134,6 +135,12 @@ for what in links faults; do
     echo "$what: no clusterkv-server and ckv: build them with CUDA, or name them by --programs" >&2
     [ "$only" != "$what" ] || status=1
     continue
+  fi
+  # An engine's pointers and stream on this GPU, against a server on this machine's CPU.
+  if [ "$what" = links ] && [ -x "$programs/engine_cuda_gpu_test" ]; then
+    say "engine"
+    LD_LIBRARY_PATH="$programs/lib:${LD_LIBRARY_PATH:-}" timeout 120 \
+      "$programs/engine_cuda_gpu_test" 2>&1 | tee "$logs/engine_cuda_gpu_test" || status=1
   fi
   say "$what"
   if [ "$what" = faults ]; then more=(--faults "--kills=$kills"); else more=(); fi

@@ -281,7 +281,7 @@ TEST_F(EngineTest, AServerThatIsGoneIsATypedError) {
   auto service = std::make_unique<Service>();
   const auto layers = MakeLayers(100, 4);
   EngineOptions options = Options(service->target());
-  options.client.call_timeout = absl::Seconds(2);
+  options.client.call_timeout = absl::Seconds(8);  // of Attach under load, too
   const auto engine = MustOpen(options);
   ASSERT_NE(engine, nullptr);
   EngineSequence* const sequence = MustAttach(*engine, "a", layers);

@@ -101,6 +101,20 @@ inline cudaError_t cudaMemcpyAsync(void* to, const void* from, size_t n, cudaMem
                                    cudaStream_t = nullptr) {
   return cudaMemcpy(to, from, n, k);
 }
+inline cudaError_t cudaMemcpy2DAsync(void* to, size_t to_pitch, const void* from, size_t from_pitch,
+                                     size_t width, size_t height, cudaMemcpyKind,
+                                     cudaStream_t = nullptr) {
+  if (to_pitch < width || from_pitch < width) return cudaErrorInvalidValue;
+  for (size_t i = 0; i < height; ++i) {
+    std::memcpy(static_cast<char*>(to) + i * to_pitch,
+                static_cast<const char*>(from) + i * from_pitch, width);
+  }
+  return cudaSuccess;
+}
+inline cudaError_t cudaLaunchHostFunc(cudaStream_t, void (*f)(void*), void* data) {
+  f(data);
+  return cudaSuccess;
+}
 inline cudaError_t cudaMemsetAsync(void* to, int v, size_t n, cudaStream_t = nullptr) {
   if (n) std::memset(to, v, n);
   return cudaSuccess;
