@@ -1,7 +1,5 @@
 // Servers as processes that know each other by a real etcd: who comes, drains, leaves, dies, and
 // what happens when etcd does.
-#include <grpcpp/create_channel.h>
-#include <grpcpp/security/credentials.h>
 #include <gtest/gtest.h>
 #include <signal.h>
 #include <sys/wait.h>
@@ -18,7 +16,7 @@
 #include "proto/placement.h"
 #include "tests/integration/etcd_process.h"
 #include "tests/integration/kill_job.h"
-#include "tests/integration/process.h"
+#include "tests/integration/shards_fixture.h"
 #include "worker/client.h"
 #include "worker/shards.h"
 
@@ -29,12 +27,7 @@ using worker::Client;
 using worker::PlacedSequence;
 using worker::Shards;
 
-struct Server {
-  std::string name, address, admin_address;
-  Process process;
-};
-
-class DiscoveryTest : public ::testing::Test {
+class DiscoveryTest : public ShardsFixture {
  protected:
   // Longer than a busy machine lets a server wait.
   explicit DiscoveryTest(int lease_ttl_ms = 60'000) : lease_ttl_ms_(lease_ttl_ms) {}
@@ -45,50 +38,21 @@ class DiscoveryTest : public ::testing::Test {
     ASSERT_TRUE(AllList({"kv-0", "kv-1", "kv-2"}));
   }
 
-  void AddServer() {
-    Server& server = servers_.emplace_back();
-    server.name = absl::StrCat("kv-", servers_.size() - 1);
-    StartServer(server);
-  }
+  void AddServer() { StartServer(NameServer()); }
   // On whatever ports are free: nobody else needs to know them.
   void StartServer(Server& server) const {
-    server.process = Process::Start(
-        {CLUSTERKV_SERVER, "--listen=127.0.0.1:0", "--admin_listen=127.0.0.1:0",
-         "--arena_bytes=64MiB", "--build_threads=1", "--select_threads=1", "--log_level=error",
-         absl::StrCat("--etcd_endpoints=", etcd_->endpoint()), "--etcd_prefix=clusterkv/test",
-         absl::StrCat("--etcd_lease_ttl_ms=", lease_ttl_ms_),
-         absl::StrCat("--shard_name=", server.name)});
-    constexpr char kBegin[] = "listening on ", kAdmin[] = ", admin on ";
-    std::string line;
-    while (server.process.ReadLine(&line)) {
-      const size_t admin = line.find(kAdmin);
-      if (!absl::StartsWith(line, kBegin) || admin == std::string::npos) continue;
-      server.address = line.substr(sizeof(kBegin) - 1, admin - sizeof(kBegin) + 1);
-      server.admin_address = line.substr(admin + sizeof(kAdmin) - 1);
-      return;
-    }
-    ADD_FAILURE() << server.name << " did not start";
+    Start(CLUSTERKV_SERVER,
+          {"--listen=127.0.0.1:0", "--admin_listen=127.0.0.1:0",
+           absl::StrCat("--etcd_endpoints=", etcd_->endpoint()), "--etcd_prefix=clusterkv/test",
+           absl::StrCat("--etcd_lease_ttl_ms=", lease_ttl_ms_)},
+          server);
   }
 
   std::string EtcdTarget() const {
     return absl::StrCat("etcd://", etcd_->endpoint(), "/clusterkv/test");
   }
   static std::unique_ptr<Shards> Connect(const std::string& seeds) {
-    worker::ClientOptions options;
-    options.session = false;
-    options.call_timeout = kLongEnough;
-    auto shards = Shards::Connect(seeds, options);
-    EXPECT_TRUE(shards.ok()) << shards.status();
-    return shards.ok() ? *std::move(shards) : nullptr;
-  }
-  std::unique_ptr<Client> ConnectTo(int i) const {
-    worker::ClientOptions options;
-    options.session = false;
-    options.open_here = false;
-    options.call_timeout = kLongEnough;
-    auto client = Client::Connect(servers_[i].address, options);
-    EXPECT_TRUE(client.ok()) << client.status();
-    return client.ok() ? *std::move(client) : nullptr;
+    return ShardsFixture::Connect(seeds, /*session=*/false);
   }
   // Names as server i tells them; '*' after one that drains.
   std::vector<std::string> ListOf(int i) const {
@@ -124,43 +88,12 @@ class DiscoveryTest : public ::testing::Test {
   }
 
   static v1::Stats StatsOf(const Server& server) {
-    const auto stub = v1::AdminService::NewStub(
-        grpc::CreateChannel(server.admin_address, grpc::InsecureChannelCredentials()));
     grpc::ClientContext context;
-    context.set_wait_for_ready(true);
-    context.set_deadline(absl::ToChronoTime(absl::Now() + kLongEnough));
+    Prepare(context);
     v1::Stats stats;
-    const grpc::Status status = stub->GetStats(&context, {}, &stats);
+    const grpc::Status status = Admin(server)->GetStats(&context, {}, &stats);
     EXPECT_TRUE(status.ok()) << status.error_message();
     return stats;
-  }
-  static void Drain(const Server& server) {
-    const auto stub = v1::AdminService::NewStub(
-        grpc::CreateChannel(server.admin_address, grpc::InsecureChannelCredentials()));
-    grpc::ClientContext context;
-    context.set_wait_for_ready(true);
-    context.set_deadline(absl::ToChronoTime(absl::Now() + kLongEnough));
-    v1::DrainResponse response;
-    const grpc::Status status = stub->Drain(&context, {}, &response);
-    EXPECT_TRUE(status.ok()) << status.error_message();
-  }
-
-  int Owner(const std::string& sequence, int shards = 3) const {
-    std::vector<v1::Shard> list(shards);
-    for (int i = 0; i < shards; ++i) list[i].set_name(servers_[i].name);
-    return RankShards(sequence, list).front().name().back() - '0';
-  }
-  std::string NameOf(int i, int shards = 3) {
-    std::string name;
-    do {
-      name = absl::StrCat("sequence", next_name_++);
-    } while (Owner(name, shards) != i);
-    return name;
-  }
-  static v1::SequenceHandle Handle(const std::string& name) {
-    v1::SequenceHandle handle;
-    handle.set_name(name);
-    return handle;
   }
   // Where a new sequence is, by its boot id; 0: nobody takes it.
   static uint64_t Open(Shards& shards, const std::string& name) {
@@ -168,12 +101,9 @@ class DiscoveryTest : public ::testing::Test {
     EXPECT_TRUE(opened.ok()) << opened.status();
     return opened.ok() ? opened->sequence.handle().boot_id() : 0;
   }
-  uint64_t BootId(int i) const { return ConnectTo(i)->server_info().boot_id(); }
 
   const int lease_ttl_ms_;
   std::unique_ptr<EtcdProcess> etcd_;
-  std::vector<Server> servers_;
-  int next_name_ = 0;
 };
 
 // Where a test waits for a lease to end.
@@ -225,7 +155,7 @@ TEST_F(DiscoveryTest, AServerThatDrainsIsLeftOutAndReadUntilItEnds) {
   const auto shards = Connect(EtcdTarget());
   const auto kept = shards->OpenSequence(JobRequest(NameOf(1)));
   ASSERT_TRUE(kept.ok()) << kept.status();
-  Drain(servers_[1]);
+  Drain(1);
   ASSERT_TRUE(AllList({"kv-0", "kv-1*", "kv-2"}));
   ASSERT_TRUE(Eventually([&] {
     const auto members = shards->members();
@@ -285,7 +215,7 @@ TEST_F(ShortLeaseTest, ServersGoOnWhileEtcdIsAwayAndSaySo) {
   for (int i = 0; i < 3; ++i) EXPECT_EQ(Open(*shards, NameOf(i)), BootId(i));
   // One drains meanwhile, another dies, a third is added: the first two are seen when etcd is back,
   // the third waits for it.
-  Drain(servers_[1]);
+  Drain(1);
   servers_[2].process.Kill(SIGKILL);
   servers_[2].process.Wait();
   etcd_->Start();

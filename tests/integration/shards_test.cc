@@ -2,8 +2,6 @@
 // shards are added, drain and die.
 #include "worker/shards.h"
 
-#include <grpcpp/create_channel.h>
-#include <grpcpp/security/credentials.h>
 #include <gtest/gtest.h>
 #include <signal.h>
 #include <sys/wait.h>
@@ -21,12 +19,11 @@
 #include "absl/strings/match.h"
 #include "absl/strings/str_cat.h"
 #include "absl/time/clock.h"
-#include "clusterkv/v1/admin_service.grpc.pb.h"
 #include "proto/error.h"
 #include "proto/placement.h"
 #include "tests/free_port.h"
 #include "tests/integration/kill_job.h"
-#include "tests/integration/process.h"
+#include "tests/integration/shards_fixture.h"
 #include "tests/worker/worker_harness.h"
 
 namespace clusterkv::integration {
@@ -36,13 +33,8 @@ using worker::Client;
 using worker::PlacedSequence;
 using worker::Shards;
 
-struct Server {
-  std::string name, address, admin_address;
-  Process process;
-};
-
-// Servers kv-0, kv-1 … and their list of shards.
-class ShardsTest : public ::testing::Test {
+// Servers that know each other by a file.
+class ShardsTest : public ShardsFixture {
  protected:
   ShardsTest() : file_(std::filesystem::temp_directory_path() / absl::StrCat("shards-", getpid())) {
     for (int i = 0; i < 3; ++i) AddServer();
@@ -52,8 +44,7 @@ class ShardsTest : public ::testing::Test {
   ~ShardsTest() override { std::filesystem::remove(file_); }
 
   void AddServer() {
-    Server& server = servers_.emplace_back();
-    server.name = absl::StrCat("kv-", servers_.size() - 1);
+    Server& server = NameServer();
     server.address = absl::StrCat("127.0.0.1:", FreePort());
     server.admin_address = absl::StrCat("127.0.0.1:", FreePort());
   }
@@ -66,52 +57,14 @@ class ShardsTest : public ::testing::Test {
     std::filesystem::rename(fresh, file_);
   }
   void StartServer(Server& server) const {
-    server.process = Process::Start({CLUSTERKV_SERVER, absl::StrCat("--listen=", server.address),
-                                     absl::StrCat("--admin_listen=", server.admin_address),
-                                     "--arena_bytes=64MiB", "--session_ttl_ms=2000",
-                                     "--build_threads=1", "--select_threads=1", "--log_level=error",
-                                     absl::StrCat("--shards_file=", file_.string()),
-                                     absl::StrCat("--shard_name=", server.name)});
-    std::string line;
-    while (server.process.ReadLine(&line) && !absl::StartsWith(line, "listening on")) {
-    }
+    Start(CLUSTERKV_SERVER,
+          {absl::StrCat("--listen=", server.address),
+           absl::StrCat("--admin_listen=", server.admin_address), "--session_ttl_ms=2000",
+           absl::StrCat("--shards_file=", file_.string())},
+          server);
   }
-
-  std::unique_ptr<Shards> Connect(const std::string& seeds, bool session = true) const {
-    worker::ClientOptions options;
-    options.session = session;
-    options.call_timeout = absl::Seconds(20);
-    auto shards = Shards::Connect(seeds, options);
-    EXPECT_TRUE(shards.ok()) << shards.status();
-    return shards.ok() ? *std::move(shards) : nullptr;
-  }
-  std::unique_ptr<Client> ConnectTo(int i) const {
-    worker::ClientOptions options;
-    options.session = false;
-    options.open_here = false;
-    auto client = Client::Connect(servers_[i].address, options);
-    EXPECT_TRUE(client.ok()) << client.status();
-    return client.ok() ? *std::move(client) : nullptr;
-  }
-
-  int Owner(const std::string& sequence, int shards = 3) const {
-    std::vector<v1::Shard> list(shards);
-    for (int i = 0; i < shards; ++i) list[i].set_name(servers_[i].name);
-    const std::string name = RankShards(sequence, list).front().name();
-    return name.back() - '0';
-  }
-  // A name that server i owns among so many shards.
-  std::string NameOf(int i, int shards = 3) {
-    std::string name;
-    do {
-      name = absl::StrCat("sequence", next_name_++);
-    } while (Owner(name, shards) != i);
-    return name;
-  }
-  static v1::SequenceHandle Handle(const std::string& name) {
-    v1::SequenceHandle handle;
-    handle.set_name(name);
-    return handle;
+  static std::unique_ptr<Shards> Connect(const std::string& seeds, bool session = true) {
+    return ShardsFixture::Connect(seeds, session);
   }
 
   // Prefills it through `shards`. Its shard's client and its handle.
@@ -138,22 +91,7 @@ class ShardsTest : public ::testing::Test {
     return outputs;
   }
 
-  v1::DrainResponse Drain(int i) const {
-    const auto stub = v1::AdminService::NewStub(
-        grpc::CreateChannel(servers_[i].admin_address, grpc::InsecureChannelCredentials()));
-    grpc::ClientContext context;
-    context.set_wait_for_ready(true);
-    context.set_deadline(std::chrono::system_clock::now() + std::chrono::seconds(30));
-    v1::DrainResponse response;
-    const grpc::Status status = stub->Drain(&context, {}, &response);
-    EXPECT_TRUE(status.ok()) << status.error_message();
-    return response;
-  }
-  uint64_t BootId(int i) const { return ConnectTo(i)->server_info().boot_id(); }
-
   const std::filesystem::path file_;
-  std::vector<Server> servers_;
-  int next_name_ = 0;
 };
 
 std::string Metadata(const absl::Status& status, const std::string& key) {
