@@ -107,8 +107,10 @@ END
 }
 
 start_control_plane() {
-  start etcd etcd --data-dir "$state/etcd" --listen-client-urls http://127.0.0.1:2379 \
-    --advertise-client-urls http://127.0.0.1:2379 --listen-peer-urls http://127.0.0.1:2380 \
+  # The shards' too, where the chart is told so.
+  start etcd etcd --data-dir "$state/etcd" \
+    --listen-client-urls "http://127.0.0.1:2379,http://$node:2379" \
+    --advertise-client-urls "http://$node:2379" --listen-peer-urls http://127.0.0.1:2380 \
     --unsafe-no-fsync
   start kube-apiserver kube-apiserver --etcd-servers http://127.0.0.1:2379 \
     --service-account-key-file "$state/sa.pub" --service-account-signing-key-file "$state/sa.key" \
@@ -325,7 +327,7 @@ run_test() {
   require kubectl helm
   [ -e "$kubeconfig" ] || { say "no cluster: cluster.sh up first"; exit 1; }
   KUBECONFIG=$kubeconfig inside_resolving python3 -B "$here/cluster_test.py" --image "$image" \
-    --containerd "$socket" --ghz_image localhost/ghz:1 "$@"
+    --containerd "$socket" --ghz_image localhost/ghz:1 --etcd "$node:2379" "$@"
 }
 
 case ${1:-} in

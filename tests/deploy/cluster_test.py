@@ -2,10 +2,12 @@
 """Installs the chart on a real cluster and tries what an operator does; cluster.sh test runs it.
 
 Usage: cluster_test.py --image=REPOSITORY:TAG [--bin=DIR] [--ghz=PROGRAM] [--ghz_image=IMAGE]
-                       [--containerd=SOCKET] [--mutual] [--keep] [--checks=NAME,…]
+                       [--containerd=SOCKET] [--etcd=HOST:PORT] [--mutual] [--keep]
+                       [--checks=NAME,…]
 The cluster is KUBECONFIG's. --bin has ckv and clusterkv-server (default: build/release/bin).
 --ghz_image: of ghz alone, to run it in a pod; without it that check is left out.
 --containerd: the node's, to kill a server as the kernel would; without it that check is left out.
+--etcd: one that pods and this machine reach in plain text; without it that check is left out.
 Where there is no ghz or prometheus their checks are left out, and told. --keep: no uninstall.
 --mutual: the same with mutual TLS and tenants (ci/mtls-values.yaml), with certificates of its own.
 """
@@ -504,6 +506,33 @@ class Cluster:
         return json.loads(self.ckv("sequences", where, "--json=-", f"--prefix={prefix}"))[
             "sequences"]
 
+    def etcd(self):
+        """With etcd the shards find each other there: kubectl scale is enough"""
+        def names():
+            status = json.loads(self.ckv("status", f"--server={shard_address(0)}", "--json=-"))
+            return [shard["name"] for shard in status["shards"]]
+
+        wanted = [f"{NAME}-{i}" for i in range(5)]
+        directory = f"--servers=etcd://{self.options.etcd}/clusterkv/{NAMESPACE}/{NAME}"
+        self.upgrade(shards=3, etcd__endpoints="{" + self.options.etcd + "}")
+        wait_until("three shards", lambda: all_ready(3) and names() == wanted[:3], 120)
+        self.ckv("seed", directory, "--prefix=entered", "--sequences=9", "--tokens=256",
+                 "--replace")
+        kubectl("scale", f"statefulset/{NAME}", "--replicas=5")
+        wait_until("five shards", lambda: all_ready(5), 120)
+        begin = time.monotonic()
+        wait_until("five in the list", lambda: names() == wanted)
+        took = time.monotonic() - begin
+        counts = self.grown("--servers=" + service_address("-headless"))
+        expect(counts, "no new sequence lies on the new shards")
+        listed = len(self.listed(directory, "entered"))
+        expect(listed == 9, f"{listed} of 9 sequences are left")
+        self.helm("test", "--timeout=300s")
+        kubectl("scale", f"statefulset/{NAME}", "--replicas=2")
+        wait_until("two in the list", lambda: names() == wanted[:2], 120)
+        wait_until("two shards", lambda: all_ready(2), 120)
+        return f"in the list {took:.1f} s after five were ready; 20 new sequences: {counts}"
+
     def prometheus(self):
         """A real Prometheus: every panel has data, an alert fires on purpose"""
         shards = len(server_pods())
@@ -557,6 +586,7 @@ def main():
     parser.add_argument("--ghz", default=os.environ.get("GHZ") or shutil.which("ghz"))
     parser.add_argument("--ghz_image")
     parser.add_argument("--containerd")
+    parser.add_argument("--etcd")
     parser.add_argument("--mutual", action="store_true")
     parser.add_argument("--keep", action="store_true")
     parser.add_argument("--checks", default="", help="only these, comma-separated")
@@ -566,6 +596,7 @@ def main():
     without_ghz |= set() if options.ghz and options.ghz_image else {"ghz_pod"}
     left_out = set(without_ghz)
     for name, there in (("tenants", options.mutual), ("kill", options.containerd),
+                        ("etcd", options.etcd),
                         ("prometheus", shutil.which("prometheus")),
                         ("uninstall", not options.keep)):
         if not there:
@@ -573,7 +604,7 @@ def main():
     failed = 0
     for name in ("manifests", "install", "names", "helm_test", "image", "seed", "ghz_everywhere",
                  "ghz_pod", "replay", "shards", "tenants", "kill", "restart", "scale",
-                 "prometheus", "uninstall"):
+                 "etcd", "prometheus", "uninstall"):
         if options.checks and name not in options.checks.split(","):
             continue
         check = getattr(cluster, name)
