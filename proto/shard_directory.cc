@@ -261,7 +261,8 @@ absl::StatusOr<int64_t> ShardDirectory::Impl::List() {
       Tell(/*is_fault=*/true, std::string(shard.status().message()));
       continue;
     }
-    fresh[shard->name()] = *std::move(shard);
+    const std::string name = shard->name();
+    fresh[name] = *std::move(shard);
   }
   absl::MutexLock lock(&mutex);
   list = std::move(fresh);
@@ -421,7 +422,7 @@ absl::Status ShardDirectory::Impl::Beat() {
     put = !displaced && std::exchange(unwritten, false);
   }
   if (!put) return KeepAlive(lease_id);
-  const absl::Status status = Put(shard, lease_id);
+  absl::Status status = Put(shard, lease_id);
   if (!status.ok()) {
     absl::MutexLock lock(&mutex);
     unwritten = true;

@@ -19,7 +19,6 @@ namespace {
 using clusterkv::Error;
 using clusterkv::worker::Engine;
 using clusterkv::worker::EngineAppend;
-using clusterkv::worker::EngineKv;
 using clusterkv::worker::EngineOptions;
 using clusterkv::worker::EngineSequence;
 using clusterkv::worker::EngineStep;
@@ -192,7 +191,7 @@ absl::Status Step(ckv_engine* engine, uint32_t layer, ckv_step_entry* entries, s
     if (entry.queries == nullptr || entry.output == nullptr) return Missing("queries, output");
     batch[i] = {Of(entry.sequence), entry.queries, entry.output, &statuses[i]};
   }
-  const absl::Status first = Of(engine)->Step(layer, batch, stream);
+  absl::Status first = Of(engine)->Step(layer, batch, stream);
   for (size_t i = 0; i < count; ++i) entries[i].error = static_cast<int>(statuses[i].code());
   return first;
 }

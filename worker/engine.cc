@@ -211,7 +211,7 @@ absl::Status Engine::Impl::Append(EngineSequence* of, int64_t layer, const Engin
   const bool waits = device->synchronous();
   auto result = std::make_shared<absl::Status>();
   of->Enter();
-  const absl::Status handed = device->Then(stream, [=] {
+  absl::Status handed = device->Then(stream, [=] {
     of->lane->Push([=] {
       const auto row = static_cast<size_t>(bytes);
       *result = of->session->Append(layer, absl::MakeConstSpan(staged.get(), row),
@@ -240,7 +240,7 @@ absl::Status Engine::Impl::BeginStep(EngineSequence* of, int64_t layer, const vo
   CKV_RETURN_IF_ERROR(of->layers->Begin(layer));
   of->Enter();
   const bool untold = !device->synchronous();
-  const absl::Status handed = device->Then(stream, [=] {
+  absl::Status handed = device->Then(stream, [=] {
     of->lane->Push([=] {
       const auto bytes = static_cast<size_t>(of->query_bytes);
       const absl::Status recalled =
@@ -367,7 +367,7 @@ absl::Status Engine::Attach(EngineSequence* of) {
     return Error(v1::SEQUENCE_NOT_READY, absl::StrCat("sequence ", of->sequence.handle().name(),
                                                       ": expected one sealed and not attached"));
   }
-  const absl::Status attached = impl_->AttachTo(of);
+  absl::Status attached = impl_->AttachTo(of);
   if (!attached.ok()) {
     of->layers.reset();
     of->session.reset();
