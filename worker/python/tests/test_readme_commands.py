@@ -33,8 +33,8 @@ def test_extras_and_defines_of_the_pip_commands_exist():
         path, extra = re.fullmatch(r"\./([\w/]+)(?:\[(\w+)\])?", target).groups()
         assert PACKAGE.parts[-2:] == tuple(path.split("/"))
         assert extra is None or re.search(rf"^{extra} = \[", project, re.M)
-        for option in options[1::2]:
-            name = option.removeprefix("cmake.define.").partition("=")[0]
+        for option in options:
+            name = option.removeprefix("--config-settings=cmake.define.").partition("=")[0]
             assert f"option({name} " in cmake
 
 
@@ -44,11 +44,12 @@ def test_the_control_client_is_built_without_a_compiler(tmp_path):
             pytest.skip(f"no {module}")
     if not (PACKAGE.parents[1] / "proto").exists():
         pytest.skip("not in the repository")
-    _, _, _, *options = commands("pip install ./worker/python -C")[0]
+    _, _, _, *options = commands("pip install ./worker/python --config-settings")[0]
     site, environment = tmp_path / "site", dict(os.environ, CC="/nonexistent", CXX="/nonexistent")
     subprocess.run([sys.executable, "-m", "pip", "install", "-q", "--no-deps", "--no-build-isolation",
-                    "--no-index", "--target", str(site), str(PACKAGE), *options, "-C",
-                    f"build-dir={tmp_path / 'build'}"], check=True, env=environment)
+                    "--no-index", "--target", str(site), str(PACKAGE), *options,
+                    f"--config-settings=build-dir={tmp_path / 'build'}"], check=True,
+                   env=environment)
     assert not list(site.glob("clusterkv/_native*.so"))
     code = ("import clusterkv, clusterkv.aio; from clusterkv.v1 import cache_service_pb2;"
             "print(clusterkv.Client('127.0.0.1:1').target, clusterkv.__file__)")
