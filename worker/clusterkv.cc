@@ -127,6 +127,13 @@ absl::Status Have(const void* engine, const void* sequence) {
   return sequence == nullptr ? Missing("sequence") : absl::OkStatus();
 }
 
+// A call on one sequence.
+int Call(ckv_engine* engine, ckv_sequence* sequence,
+         absl::Status (Engine::*method)(EngineSequence*)) {
+  const absl::Status have = Have(engine, sequence);
+  return Told(have.ok() ? (Of(engine)->*method)(Of(sequence)) : have);
+}
+
 absl::Status Open(const ckv_options* given, ckv_engine** engine) {
   if (engine == nullptr) return Missing("engine");
   CKV_ASSIGN_OR_RETURN(const ckv_options known, Read(given, "options"));
@@ -223,13 +230,11 @@ int ckv_ingest(ckv_engine* engine, ckv_sequence* sequence, uint32_t layer, const
 }
 
 int ckv_seal(ckv_engine* engine, ckv_sequence* sequence) {
-  const absl::Status have = Have(engine, sequence);
-  return Told(have.ok() ? Of(engine)->Seal(Of(sequence)) : have);
+  return Call(engine, sequence, &Engine::Seal);
 }
 
 int ckv_attach(ckv_engine* engine, ckv_sequence* sequence) {
-  const absl::Status have = Have(engine, sequence);
-  return Told(have.ok() ? Of(engine)->Attach(Of(sequence)) : have);
+  return Call(engine, sequence, &Engine::Attach);
 }
 
 int ckv_attach_by_name(ckv_engine* engine, const char* name, ckv_sequence** sequence) {
@@ -247,16 +252,13 @@ int ckv_step(ckv_engine* engine, uint32_t layer, ckv_step_entry* entries, size_t
 }
 
 int ckv_wait(ckv_engine* engine, ckv_sequence* sequence) {
-  const absl::Status have = Have(engine, sequence);
-  return Told(have.ok() ? Of(engine)->Wait(Of(sequence)) : have);
+  return Call(engine, sequence, &Engine::Wait);
 }
 
 int ckv_close(ckv_engine* engine, ckv_sequence* sequence) {
-  const absl::Status have = Have(engine, sequence);
-  return Told(have.ok() ? Of(engine)->Close(Of(sequence)) : have);
+  return Call(engine, sequence, &Engine::Close);
 }
 
 int ckv_release(ckv_engine* engine, ckv_sequence* sequence) {
-  const absl::Status have = Have(engine, sequence);
-  return Told(have.ok() ? Of(engine)->Release(Of(sequence)) : have);
+  return Call(engine, sequence, &Engine::Release);
 }

@@ -17,6 +17,7 @@ import sys
 import tempfile
 
 import fairness  # its way to pin, its messages
+from ports import free_port
 
 CONNECTIONS, WORKERS = 4, 32
 
@@ -25,8 +26,7 @@ def percentiles(report, rps):
     codes = report["statusCodeDistribution"]
     if set(codes) != {"OK"} or report["rps"] < 0.9 * rps:
         raise RuntimeError(f"{codes} at {report['rps']:.0f} of {rps} calls/s")
-    ms = {row["percentage"]: row["latency"] / 1e6 for row in report["latencyDistribution"]}
-    return ms[50], ms[99]
+    return fairness.percentiles(report)
 
 
 def main():
@@ -39,7 +39,7 @@ def main():
     parser.add_argument("--json", type=pathlib.Path)
     options = parser.parse_args()
     server_on, generators_on = fairness.processors(shared=False)
-    address = f"127.0.0.1:{fairness.free_port()}"
+    address = f"127.0.0.1:{free_port()}"
     server = subprocess.Popen(
         fairness.pinned(server_on, [options.server, f"--listen={address}",
                                     "--admin_listen=127.0.0.1:0", "--arena_bytes=512MiB",

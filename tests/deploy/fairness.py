@@ -19,7 +19,6 @@ import os
 import pathlib
 import re
 import shutil
-import socket
 import statistics
 import subprocess
 import sys
@@ -30,15 +29,11 @@ import urllib.request
 sys.path.insert(0, str(pathlib.Path(__file__).resolve().parents[2] / "deploy" / "loadtest"))
 import messages  # pylint: disable=wrong-import-position
 
+from ports import free_port  # pylint: disable=wrong-import-position
+
 LADDER = (250, 500, 1000, 1500, 2000, 2500, 3000, 3500, 4000, 4500, 5000, 6000, 7000, 8000)
 TENANTS = ("quiet", "loud")
 STAGES = ("queue", "select", "pack", "send")
-
-
-def free_port():
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return probe.getsockname()[1]
 
 
 class TooFast(Exception):
@@ -59,6 +54,12 @@ def pinned(processor, command, real_time=False):
                                     check=False).returncode == 0:
         command = ["chrt", "-f", "10", *command]
     return command
+
+
+def percentiles(report):
+    """p50 and p99 in ms of a report by ghz or as ghz makes it."""
+    ms = {row["percentage"]: row["latency"] / 1e6 for row in report["latencyDistribution"]}
+    return ms[50], ms[99]
 
 
 def quantile(buckets, part):
@@ -152,8 +153,7 @@ class Bench:
                 raise RuntimeError(f"{tenant} at {rates}: {codes} {report['errorDistribution']}")
             if report["rps"] < 0.9 * rates[tenant]:
                 raise TooFast(f"{tenant}: {report['rps']:.0f} of {rates[tenant]} calls/s")
-            ms = {row["percentage"]: row["latency"] / 1e6 for row in report["latencyDistribution"]}
-            result[tenant] = (ms[50], ms[99])
+            result[tenant] = percentiles(report)
         stages = {}
         for stage, after in self.stages().items():
             grown = [(bound, count - was) for (bound, count), (_, was) in zip(after, before[stage])]

@@ -7,7 +7,6 @@ Usage: prometheus_test.py SERVER CKV. Ends with 77 where there is no prometheus 
 
 import pathlib
 import shutil
-import socket
 import subprocess
 import sys
 import tempfile
@@ -15,18 +14,9 @@ import time
 
 import chart_test
 import local_prometheus
+from ports import free_port
 
 NAMESPACE, POD = "kv", "test-clusterkv-0"
-RESERVED = []  # sockets
-
-
-def free_port():
-    """A port that nobody else gets while this process lives, but for a server that listens on it."""
-    reserved = socket.socket()
-    reserved.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-    reserved.bind(("127.0.0.1", 0))
-    RESERVED.append(reserved)
-    return reserved.getsockname()[1]
 
 
 def load(ckv, data):

@@ -67,14 +67,9 @@ std::string EtcdProcess::Program() {
 
 EtcdProcess::EtcdProcess(std::optional<ServerTls> tls, ClientTls client)
     : tls_(std::move(tls)), client_tls_(std::move(client)), folder_(NewFolder()) {
-  // Another one may have taken a port that was free.
-  constexpr int kAttempts = 5;
-  for (int attempt = 0; attempt < kAttempts; ++attempt) {
-    endpoint_ = Loopback(FreePort());
-    Start();
-    if (process_.pid() > 0) return;
-  }
-  CKV_CHECK(false) << "etcd does not start";
+  endpoint_ = Loopback(FreePort());
+  Start();
+  CKV_CHECK(process_.pid() > 0) << "etcd does not start";
 }
 
 EtcdProcess::~EtcdProcess() {
