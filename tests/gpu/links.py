@@ -2,14 +2,17 @@
 """Two processes over every link: a server on one GPU, ckv replay on another (or the same).
 
 Usage: links.py --bin=DIR --out=DIR [--trace=FILE ...] [--faults] [--kills=N]
-Without --faults: replays the trace over peer, nccl and grpc and against a server without a GPU.
-Recalled bytes must be the same over all three, and the selections those of the CPU in 99.9 % of
-tokens. With --faults: kills the worker in the middle of a replay, --kills times per link; each time
-the server must serve another replay within 3 s, and at the end hold no more GPU memory than before;
+Without --faults: replays the trace over peer, nccl (by NVLink, and by its sockets) and grpc, each
+alone and two at once, with and without corrections (codecs k8v4 and raw), and against a server
+without a GPU. Recalled bytes and corrections must be the same over all of them, and the selections
+those of the CPU in 99.9 % of tokens.
+With --faults: kills the worker in the middle of a replay, --kills times per link; each time the
+server must serve another replay within 3 s, and at the end hold no more GPU memory than before;
 then stops a worker for 10 s, and kills the server.
 Writes DIR/links.json or DIR/faults.json, as gpu.json.
 """
 import argparse
+import concurrent.futures
 import datetime
 import json
 import os
@@ -46,7 +49,7 @@ def memory_of(pid):
 
 # Neither NVLink nor shared memory: NCCL's sockets, the way across hosts without InfiniBand.
 SOCKETS = {"NCCL_P2P_DISABLE": "1", "NCCL_SHM_DISABLE": "1", "NCCL_NET": "Socket",
-           "NCCL_SOCKET_IFNAME": "lo"}
+           "NCCL_SOCKET_IFNAME": "lo", "NCCL_DEBUG": "INFO", "NCCL_DEBUG_SUBSYS": "INIT,NET,P2P"}
 
 
 class Server:
@@ -114,69 +117,90 @@ def equal_share(a, b):
     return both / max(total, 1)
 
 
-def run_links(args, failures):
-    rows = []
-    names = gpus()
-    worker = "cuda:1" if len(names) > 1 else "cuda:0"
-    cpu = Server(args, "cpu")
-    reference, _ = replay(cpu, "grpc", "cpu", "cpu")
-    cpu.stop()
+def try_replay(server, link, device, name, failures, *more):
+    """A replay over that link and no other; None after a failure."""
+    try:
+        run, _ = replay(server, link, device, name, *more)
+    except (RuntimeError, subprocess.TimeoutExpired) as error:
+        failures.append(str(error))
+        return None
+    if run["link"] != link:
+        failures.append(f"{name}: went over {run['link']}: {run['link_reason']}")
+    return run
+
+
+def replay_over_links(args, codec, links, worker, failures):
+    """Over each link alone, and over the first two at once; NCCL's sockets too. By name."""
+    of = f"--codec={codec}"
     server = Server(args, "cuda:0")
-    runs = {}
-    # NCCL refuses two ranks on one GPU.
-    for link in ("grpc", "peer", "nccl", "grpc") if len(names) > 1 else ("grpc", "peer", "grpc"):
-        name = link if link not in runs else link + ".again"
-        try:
-            runs[name], _ = replay(server, link, worker, name)
-        except (RuntimeError, subprocess.TimeoutExpired) as error:
-            failures.append(str(error))
-            continue
-        run = runs[name]
-        if run["link"] != link:
-            failures.append(f"{name}: went over {run['link']}: {run['link_reason']}")
-    status = server.status()
-    print(json.dumps(status, indent=1)[:3000])
+    runs = {f"{link}.{codec}": try_replay(server, link, worker, f"{link}.{codec}", failures, of)
+            for link in links}
+    with concurrent.futures.ThreadPoolExecutor() as pool:
+        beside = {f"{link}.{codec}.beside": None for link in links[:2]}
+        both = [pool.submit(try_replay, server, link, worker, name, failures, of)
+                for link, name in zip(links, beside)]
+        runs |= {name: run.result() for name, run in zip(beside, both)}
+    print(json.dumps(server.status(), indent=1)[:3000])
     code = server.stop()
     if code != 0:
         failures.append(f"the server ended with {code}")
-    if "nccl" in runs:
-        server = Server(args, "cuda:0", SOCKETS)
-        try:
-            runs["nccl.sockets"], _ = replay(server, "nccl", worker, "nccl.sockets")
-            if runs["nccl.sockets"]["link"] != "nccl":
-                failures.append(f"nccl.sockets: {runs['nccl.sockets']['link_reason']}")
-        except (RuntimeError, subprocess.TimeoutExpired) as error:
-            failures.append(str(error))
+    if "nccl" in links:
+        name = f"nccl.{codec}.sockets"
+        server = Server(args, "cuda:0", SOCKETS | {"NCCL_DEBUG_FILE": f"{args.out / name}.%p.log"})
+        runs[name] = try_replay(server, "nccl", worker, name, failures, of)
         server.stop()
-    for name, run in runs.items():
-        share = equal_share(args.out / "cpu.selections", args.out / f"{name}.selections")
-        if not share >= 0.999:
-            failures.append(f"{name}: {share:.5f} of the CPU's tokens")
-        rows.append({"name": f"replay over {name}: tokens selected as the CPU does", "value": share,
-                     "unit": "share", "peer": "CPU server", "peer_value": 1.0, "ratio": share,
-                     "target": ">= 0.999"})
-        for i, layer in enumerate(run["layers"]):
-            same = all(layer["recalled_digest"] == other["layers"][i]["recalled_digest"]
+        said = "".join(log.read_text() for log in args.out.glob(f"{name}.*.log"))
+        if "via NET/Socket" not in said or "via P2P" in said or "via SHM" in said:
+            failures.append(f"{name}: not by sockets: {said[-800:]}")
+    return {name: run for name, run in runs.items() if run is not None}
+
+
+def rows_of_replay(args, codec, name, runs, reference, failures):
+    run = runs[name]
+    share = equal_share(args.out / f"cpu.{codec}.selections", args.out / f"{name}.selections")
+    if not share >= 0.999:
+        failures.append(f"{name}: {share:.5f} of the CPU's tokens")
+    rows = [{"name": f"replay over {name}: tokens selected as the CPU does", "value": share,
+             "unit": "share", "peer": "CPU server", "peer_value": 1.0, "ratio": share,
+             "target": ">= 0.999"}]
+    for i, layer in enumerate(run["layers"]):
+        for what in ("recalled", "correction") if codec != "raw" else ("recalled",):
+            same = all(layer[f"{what}_digest"] == other["layers"][i][f"{what}_digest"]
                        for other in runs.values())
             if not same:
-                failures.append(f"{name}: other recalled bytes than over other links, layer {i}")
-            rows.append({"name": f"replay over {name}, layer {i}: recalled bytes",
+                failures.append(f"{name}: other {what} bytes than over other links, layer {i}")
+            rows.append({"name": f"replay over {name}, layer {i}: {what} bytes",
                          "value": int(same), "unit": "1: those of all links", "peer": "all links",
                          "peer_value": 1, "ratio": int(same), "target": "1"})
-            for what in ("select_us", "recall_us"):
-                value = layer[what]["p50"]
-                peer = reference["layers"][i][what]["p50"]
-                rows.append({"name": f"replay over {name}, layer {i}: {what} p50", "value": value,
-                             "unit": "us", "peer": "CPU server over grpc", "peer_value": peer,
-                             "ratio": value / peer if peer else None, "target": None})
-            rows.append({"name": f"replay over {name}, layer {i}: output error",
-                         "value": layer["output_error"], "unit": "of |full|", "peer": "CPU server",
-                         "peer_value": reference["layers"][i]["output_error"],
-                         "ratio": layer["output_error"] / reference["layers"][i]["output_error"],
-                         "target": "as the CPU"})
-        rows.append({"name": f"replay over {name}: prefill", "value": run["ingest_seconds"],
-                     "unit": "s", "peer": "CPU server", "peer_value": reference["ingest_seconds"],
-                     "ratio": run["ingest_seconds"] / reference["ingest_seconds"], "target": None})
+        for what in ("select_us", "recall_us"):
+            value = layer[what]["p50"]
+            peer = reference["layers"][i][what]["p50"]
+            rows.append({"name": f"replay over {name}, layer {i}: {what} p50", "value": value,
+                         "unit": "us", "peer": "CPU server over grpc", "peer_value": peer,
+                         "ratio": value / peer if peer else None, "target": None})
+        error, peer = layer["output_error"], reference["layers"][i]["output_error"]
+        rows.append({"name": f"replay over {name}, layer {i}: output error", "value": error,
+                     "unit": "of |full|", "peer": "CPU server", "peer_value": peer,
+                     "ratio": error / peer, "target": "as the CPU"})
+    rows.append({"name": f"replay over {name}: prefill", "value": run["ingest_seconds"],
+                 "unit": "s", "peer": "CPU server", "peer_value": reference["ingest_seconds"],
+                 "ratio": run["ingest_seconds"] / reference["ingest_seconds"], "target": None})
+    return rows
+
+
+def run_links(args, failures):
+    rows = []
+    several = len(gpus()) > 1
+    worker = "cuda:1" if several else "cuda:0"
+    # NCCL refuses two ranks on one GPU.
+    links = ["peer", "nccl", "grpc"] if several else ["peer", "grpc"]
+    for codec in ("raw", "k8v4"):  # k8v4: records beside which corrections are answered
+        cpu = Server(args, "cpu")
+        reference, _ = replay(cpu, "grpc", "cpu", f"cpu.{codec}", f"--codec={codec}")
+        cpu.stop()
+        runs = replay_over_links(args, codec, links, worker, failures)
+        for name in runs:
+            rows += rows_of_replay(args, codec, name, runs, reference, failures)
     return rows
 
 
@@ -221,6 +245,69 @@ def run_service(args, failures):
     return rows
 
 
+def kill_worker(server, link, worker, seconds):
+    """Kills a worker `seconds` after it began to decode; whether it was decoding still."""
+    process = subprocess.Popen(server.replay_command(link, worker), stdout=subprocess.DEVNULL,
+                               stderr=subprocess.DEVNULL, env=server.environment)
+    server.await_selects(process)
+    time.sleep(seconds)
+    decoded = process.poll() is None
+    process.kill()
+    process.wait()
+    return decoded
+
+
+def settled_memory(server, link, failures):
+    """MiB, once the sessions of killed workers have ended by their ttl, and with them attachments
+    and links."""
+    deadline = time.monotonic() + 15
+    while server.status().get("stats", {}).get("attachments") != 0:
+        if time.monotonic() > deadline:
+            failures.append(f"{link}: attachments of killed workers are still there")
+            break
+        time.sleep(0.5)
+    time.sleep(1)
+    return memory_of(server.process.pid)
+
+
+def kill_workers(server, link, worker, args, rng, failures):
+    """Kills a worker in the middle of its decode again and again, a replay after each."""
+    before_run, _ = replay(server, link, worker, f"{link}.whole")
+    decoding = before_run["decode_seconds"]
+    # What stays loaded after the first replay, and after the first link that broke, is no loss.
+    kill_worker(server, link, worker, decoding * 0.4)
+    _, short = replay(server, "grpc", "cpu", f"{link}.other", "--steps=2")
+    before = settled_memory(server, link, failures)
+    recoveries, in_time = [], 0
+    for kill in range(args.kills):
+        in_time += kill_worker(server, link, worker, decoding * rng.uniform(0.0, 0.8))
+        try:
+            _, seconds = replay(server, "grpc", "cpu", f"{link}.other", "--steps=2")
+        except (RuntimeError, subprocess.TimeoutExpired) as error:
+            failures.append(f"{link}: after kill {kill}: {error}")
+            break
+        recoveries.append(seconds - short)
+    after = settled_memory(server, link, failures)
+    if after > before:
+        failures.append(f"{link}: {before} MiB of GPU memory before, {after} after")
+    print(f"{link}: {in_time} of {args.kills} workers were killed while they decoded")
+    if in_time < args.kills * 0.8:
+        failures.append(f"{link}: only {in_time} workers were killed while they decoded")
+    worst = max(recoveries, default=-1)
+    if not 0 <= len(recoveries) == args.kills or worst > RECOVERY_SECONDS:
+        failures.append(f"{link}: {len(recoveries)} of {args.kills}, slowest {worst:.2f} s")
+    run, _ = replay(server, link, worker, f"{link}.after")
+    for a, b in zip(run["layers"], before_run["layers"]):
+        if a["recalled_digest"] != b["recalled_digest"]:
+            failures.append(f"{link}: other bytes after the kills than before")
+    return [{"name": f"{link}: worker killed {args.kills} times: another replay, slowest over "
+                     "an undisturbed one", "value": worst, "unit": "s", "peer": "undisturbed",
+             "peer_value": short, "ratio": None, "target": f"<= {RECOVERY_SECONDS}"},
+            {"name": f"{link}: GPU memory after the kills", "value": after, "unit": "MiB",
+             "peer": "before", "peer_value": before, "ratio": after / max(before, 1),
+             "target": "<= 1"}]
+
+
 def run_faults(args, failures):
     rows = []
     names = gpus()
@@ -230,56 +317,7 @@ def run_faults(args, failures):
     rng = random.Random(args.seed)
     print(f"seed {args.seed}")
     for link in [one for one in args.links.split(",") if one != "nccl" or len(names) > 1]:
-        # Once whole: how long a replay takes, and what stays loaded after the first one.
-        before_run, _ = replay(server, link, worker, f"{link}.whole")
-        time.sleep(0.5)
-        before = memory_of(server.process.pid)
-        _, short = replay(server, "grpc", "cpu", f"{link}.other", "--steps=2")
-        recoveries, in_time = [], 0
-        decoding = before_run["decode_seconds"]
-        for kill in range(args.kills):
-            process = subprocess.Popen(server.replay_command(link, worker), stdout=subprocess.DEVNULL,
-                                       stderr=subprocess.DEVNULL)
-            server.await_selects(process)
-            time.sleep(decoding * rng.uniform(0.0, 0.8))
-            in_time += process.poll() is None
-            process.kill()
-            process.wait()
-            try:
-                _, seconds = replay(server, "grpc", "cpu", f"{link}.other", "--steps=2")
-            except (RuntimeError, subprocess.TimeoutExpired) as error:
-                failures.append(f"{link}: after kill {kill}: {error}")
-                break
-            recoveries.append(seconds - short)
-        # Sessions of the killed end by their ttl, and with them attachments and links.
-        deadline = time.monotonic() + 15
-        while time.monotonic() < deadline:
-            stats = server.status().get("stats", {})
-            if stats.get("attachments") == 0:
-                break
-            time.sleep(0.5)
-        else:
-            failures.append(f"{link}: attachments of killed workers are still there")
-        time.sleep(1)
-        after = memory_of(server.process.pid)
-        if after > before:
-            failures.append(f"{link}: {before} MiB of GPU memory before, {after} after")
-        print(f"{link}: {in_time} of {args.kills} workers were killed while they decoded")
-        if in_time < args.kills * 0.8:
-            failures.append(f"{link}: only {in_time} workers were killed while they decoded")
-        worst = max(recoveries, default=-1)
-        if not 0 <= len(recoveries) == args.kills or worst > RECOVERY_SECONDS:
-            failures.append(f"{link}: {len(recoveries)} of {args.kills}, slowest {worst:.2f} s")
-        rows.append({"name": f"{link}: worker killed {args.kills} times: another replay, slowest over "
-                             "an undisturbed one", "value": worst, "unit": "s", "peer": "undisturbed",
-                     "peer_value": short, "ratio": None, "target": f"<= {RECOVERY_SECONDS}"})
-        rows.append({"name": f"{link}: GPU memory after the kills", "value": after, "unit": "MiB",
-                     "peer": "before", "peer_value": before, "ratio": after / max(before, 1),
-                     "target": "<= 1"})
-        run, _ = replay(server, link, worker, f"{link}.after")
-        for a, b in zip(run["layers"], before_run["layers"]):
-            if a["recalled_digest"] != b["recalled_digest"]:
-                failures.append(f"{link}: other bytes after the kills than before")
+        rows += kill_workers(server, link, worker, args, rng, failures)
     code = server.stop()
     if code != 0:
         failures.append(f"the server ended with {code}")
