@@ -33,10 +33,6 @@ constexpr absl::Duration kDetachTimeout = absl::Seconds(2);
 // Meeting the service over a link; records that are under way.
 constexpr absl::Duration kConnectTimeout = absl::Seconds(6), kRecordsTimeout = absl::Seconds(2);
 
-const char* LinkName(v1::Link link) {
-  return link == v1::LINK_PEER ? "peer" : link == v1::LINK_NCCL ? "nccl" : "grpc";
-}
-
 ElementType ElementTypeOf(v1::ElementType type, ElementType otherwise) {
   return type == v1::ELEMENT_TYPE_UNSPECIFIED ? otherwise : static_cast<ElementType>(type);
 }
@@ -76,6 +72,10 @@ struct Layer {
 };
 
 }  // namespace
+
+const char* LinkName(v1::Link link) {
+  return link == v1::LINK_PEER ? "peer" : link == v1::LINK_NCCL ? "nccl" : "grpc";
+}
 
 struct DecodeSession::Impl {
   ~Impl();

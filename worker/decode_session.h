@@ -20,6 +20,9 @@
 
 namespace clusterkv::worker {
 
+// "grpc", "peer" or "nccl".
+const char* LinkName(v1::Link link);
+
 struct DecodeOptions {
   v1::HotCacheConfig hot_cache;  // capacity_tokens: 1,024 by habit
   v1::SelectConfig select;       // what differs from the sequence's

@@ -60,10 +60,6 @@ class Lane {
   std::thread thread_;  // last: it uses the others
 };
 
-const char* LinkName(v1::Link link) {
-  return link == v1::LINK_PEER ? "peer" : link == v1::LINK_NCCL ? "nccl" : "grpc";
-}
-
 absl::Status NotAttached(const v1::Sequence& sequence) {
   return Error(v1::SEQUENCE_NOT_READY,
                absl::StrCat("sequence ", sequence.handle().name(), ": expected it attached"));

@@ -7,6 +7,7 @@
 #include "worker/ckv/exit_code.h"
 #include "worker/ckv/svg.h"
 #include "worker/ckv/terminal.h"
+#include "worker/decode_session.h"
 
 namespace clusterkv::worker::ckv {
 namespace {

@@ -182,17 +182,6 @@ std::string StateName(v1::SequenceState state) {
   return name.rfind(kPrefix, 0) == 0 ? name.substr(sizeof(kPrefix) - 1) : name;
 }
 
-std::string LinkName(v1::Link link) {
-  switch (link) {
-    case v1::LINK_PEER:
-      return "peer";
-    case v1::LINK_NCCL:
-      return "nccl";
-    default:
-      return "grpc";
-  }
-}
-
 SequenceGuard::~SequenceGuard() { Release().IgnoreError(); }
 
 absl::Status SequenceGuard::Release() {

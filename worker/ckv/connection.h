@@ -73,8 +73,6 @@ class AdminClient {
 
 // "READY", "FILLING" …
 std::string StateName(v1::SequenceState state);
-// "grpc", "peer", "nccl".
-std::string LinkName(v1::Link link);
 
 // Where a command's sequences are: on --server, or on the shards that --servers names.
 class Places {
