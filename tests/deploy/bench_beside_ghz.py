@@ -38,7 +38,7 @@ def main():
     parser.add_argument("--rounds", type=int, default=7)
     parser.add_argument("--json", type=pathlib.Path)
     options = parser.parse_args()
-    server_on, generators_on = fairness.processors(shared=False)
+    server_on, generators_on = fairness.processors(1)
     address = f"127.0.0.1:{free_port()}"
     server = subprocess.Popen(
         fairness.pinned(server_on, [options.server, f"--listen={address}",

@@ -1,15 +1,16 @@
 #!/usr/bin/env python3
 """Two tenants of one server under ghz: how long the quiet one waits beside the loud one.
 
-Usage: fairness.py SERVER CKV GHZ [--p99_ms=20] [--seconds=8] [--rounds=5] [--shared] [--json=FILE]
+Usage: fairness.py SERVER CKV GHZ [--p99_ms=20] [--seconds=8] [--rounds=5]
+       [--server_processors=1] [--json=FILE]
 Starts a server with mutual TLS and the tenants quiet and loud. First the knee: the last rate of a
 ladder, sent by both tenants, half each, whose p99 is within --p99_ms. Then, round by round, the
 quiet one sends an eleventh of the knee: alone, beside as much of the loud one, and beside ten times
 as much. Prints the medians over the rounds, their spread, and what the server says of its stages.
 
-The server has one processor to itself and the generators have another one, the quiet tenant's with
-real-time priority where that is allowed: a generator that waits for its own processor measures
-itself. --shared: no processor is anybody's.
+The server has --server_processors to itself and the generators have the others, the quiet tenant's
+with real-time priority where that is allowed: a generator that waits for its own processor measures
+itself. --server_processors=0: none is anybody's.
 """
 
 import argparse
@@ -31,7 +32,8 @@ import messages  # pylint: disable=wrong-import-position
 
 from ports import free_port  # pylint: disable=wrong-import-position
 
-LADDER = (250, 500, 1000, 1500, 2000, 2500, 3000, 3500, 4000, 4500, 5000, 6000, 7000, 8000)
+LADDER = (250, 500, 1000, 1500, 2000, 2500, 3000, 3500, 4000, 4500, 5000, 6000, 7000, 8000,
+          10000, 12000, 14000, 17000, 20000, 24000, 28000, 33000, 40000)
 TENANTS = ("quiet", "loud")
 STAGES = ("queue", "select", "pack", "send")
 
@@ -40,16 +42,17 @@ class TooFast(Exception):
     """The generator did not keep up with its own rate."""
 
 
-def processors(shared):
-    """One for the server and one for the generators; None, None: no processor is anybody's."""
+def processors(servers):
+    """`servers` of them for the server, the others for the generators; 0: none is anybody's."""
     there = sorted(os.sched_getaffinity(0))
-    return there[:2] if len(there) > 1 and not shared else (None, None)
+    apart = 0 < servers < len(there)
+    return (there[:servers], there[servers:]) if apart else (None, None)
 
 
-def pinned(processor, command, real_time=False):
-    """`command` on that processor alone; None: wherever it likes."""
-    if processor is not None:
-        command = ["taskset", "-c", str(processor), *command]
+def pinned(allowed, command, real_time=False):
+    """`command` on those processors alone; None: wherever it likes."""
+    if allowed is not None:
+        command = ["taskset", "-c", ",".join(map(str, allowed)), *command]
     if real_time and subprocess.run(["chrt", "-f", "10", "true"], stderr=subprocess.DEVNULL,
                                     check=False).returncode == 0:
         command = ["chrt", "-f", "10", *command]
@@ -96,7 +99,7 @@ class Bench:
             check=True, capture_output=True)
 
     def __enter__(self):
-        self.server_on, self.generators_on = processors(self.options.shared)
+        self.server_on, self.generators_on = processors(self.options.server_processors)
         self.server = subprocess.Popen(
             pinned(self.server_on, [self.options.server, f"--config={self.folder}/server.conf"]),
             stdout=subprocess.DEVNULL)
@@ -190,7 +193,7 @@ def main():
     parser.add_argument("--seconds", type=int, default=8)
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--knee", type=int, help="calls per second, where it is known already")
-    parser.add_argument("--shared", action="store_true")
+    parser.add_argument("--server_processors", type=int, default=1, help="0: none is anybody's")
     parser.add_argument("--json", type=pathlib.Path)
     options = parser.parse_args()
     with tempfile.TemporaryDirectory() as folder, Bench(options, pathlib.Path(folder)) as bench:
@@ -221,7 +224,8 @@ def main():
         if options.json:
             options.json.write_text(json.dumps(
                 {"knee": knee, "quiet_rate": rate, "quiet": report,
-                 "processors": "shared" if bench.server_on is None else "apart",
+                 "processors": None if bench.server_on is None else
+                 {"server": len(bench.server_on), "generators": len(bench.generators_on)},
                  "finished": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime())}, indent=1))
     return 0
 
