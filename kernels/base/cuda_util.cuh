@@ -121,6 +121,14 @@ __device__ __forceinline__ void ClusterArrive(int cluster_blocks) {
   (void)cluster_blocks;
 #endif
 }
+// Where there is nothing to be seen: the others have begun, that is all.
+__device__ __forceinline__ void ClusterArriveRelaxed(int cluster_blocks) {
+#if !defined(CLUSTERKV_CUDA_EMULATOR) && __CUDA_ARCH__ >= 900
+  if (cluster_blocks > 1) asm volatile("barrier.cluster.arrive.relaxed.aligned;\n");
+#else
+  (void)cluster_blocks;
+#endif
+}
 __device__ __forceinline__ void ClusterWait(int cluster_blocks) {
 #ifdef CLUSTERKV_CUDA_EMULATOR
   ClusterSync(cluster_blocks);
@@ -191,6 +199,17 @@ __device__ __forceinline__ float Exp2(float x) {
 #endif
 }
 
+// log2(x), within 2^-21 near 1 and relatively elsewhere; -infinity of 0 and of subnormals.
+__device__ __forceinline__ float Log2(float x) {
+#ifdef CLUSTERKV_CUDA_EMULATOR
+  return std::log2(x);
+#else
+  float y;
+  asm("lg2.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
+  return y;
+#endif
+}
+
 __device__ __forceinline__ float HalfBitsToFloat(uint16_t half) {
 #ifdef CLUSTERKV_CUDA_EMULATOR
   return HalfToFloat(half);
@@ -212,16 +231,22 @@ __device__ __forceinline__ float BFloat16BitsToFloat(uint16_t value) {
 }
 
 __device__ __forceinline__ uint32_t PackHalves(float low, float high) {
+#ifdef CLUSTERKV_CUDA_EMULATOR
   return static_cast<uint32_t>(FloatToHalfBits(low)) | static_cast<uint32_t>(FloatToHalfBits(high))
                                                            << 16;
+#else
+  uint32_t both;
+  asm("cvt.rn.f16x2.f32 %0, %1, %2;" : "=r"(both) : "f"(high), "f"(low));
+  return both;
+#endif
 }
 
 // Splits a and b in halves that sum to them within 2^-22 of their size: hi and lo each hold a's in
 // the low 16 bits and b's in the high ones.
 __device__ __forceinline__ void SplitHalves(float a, float b, uint32_t* hi, uint32_t* lo) {
-  const uint16_t a_hi = FloatToHalfBits(a), b_hi = FloatToHalfBits(b);
-  *hi = static_cast<uint32_t>(a_hi) | static_cast<uint32_t>(b_hi) << 16;
-  *lo = PackHalves(a - HalfBitsToFloat(a_hi), b - HalfBitsToFloat(b_hi));
+  *hi = PackHalves(a, b);
+  *lo = PackHalves(a - HalfBitsToFloat(static_cast<uint16_t>(*hi)),
+                   b - HalfBitsToFloat(static_cast<uint16_t>(*hi >> 16)));
 }
 
 // ElementBytes, on the device.

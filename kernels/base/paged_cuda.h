@@ -22,12 +22,15 @@ struct DevicePagedView {
   uint32_t divide_factor = 0;
   uint32_t divide_shift = 0;
 
+  // Which of `pages` has element `index`.
+  __host__ __device__ uint32_t PageOf(uint32_t index) const {
+    return divide_factor == 0
+               ? index >> divide_shift
+               : static_cast<uint32_t>((static_cast<uint64_t>(index) * divide_factor) >> 32) >>
+                     divide_shift;
+  }
   __host__ __device__ unsigned char* At(uint32_t index) const {
-    const uint32_t page =
-        divide_factor == 0
-            ? index >> divide_shift
-            : static_cast<uint32_t>((static_cast<uint64_t>(index) * divide_factor) >> 32) >>
-                  divide_shift;
+    const uint32_t page = PageOf(index);
     return base + static_cast<int64_t>(pages[page]) * page_bytes +
            (index - page * elements_per_page) * static_cast<int64_t>(element_bytes);
   }

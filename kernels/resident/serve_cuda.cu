@@ -232,7 +232,7 @@ __global__ void __launch_bounds__(kThreads, 1) ServeKernel(const __grid_constant
     if (p.rounds > 0 && ticket.round >= p.rounds) return;
     const int64_t row = int64_t{ticket.layer} * p.shape.pairs + ticket.pair;
     const SelectCudaPair& pair = p.pairs[row];
-    PairAnswer<kThreads> answer(plan.answer, SharedMemory(), rank);
+    PairAnswer<kThreads> answer(plan.answer, 0, rank);
     answer.Begin(pair);
     Prefetch(plan, pair, rank);
     if (!AwaitQueries(plan, ticket, own)) return;

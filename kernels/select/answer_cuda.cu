@@ -16,9 +16,14 @@ __global__ void __launch_bounds__(kBlockThreads, kThreads / kBlockThreads)
                  const __grid_constant__ SelectCudaOutput out) {
   const int index = static_cast<int>(blockIdx.x) / plan.blocks;
   const int rank = static_cast<int>(blockIdx.x) % plan.blocks;
-  PairAnswer<kBlockThreads> answer(plan, SharedMemory(), rank);
+  PairAnswer<kBlockThreads> answer(plan, 0, rank);
+  const float* queries = pairs[index].queries;
+  constexpr int kLine = 32;  // floats
+  if (threadIdx.x * kLine < static_cast<unsigned>(plan.params.group * kAnswerDim)) {
+    PrefetchL2(queries + threadIdx.x * kLine);
+  }
   answer.Begin(pairs[index]);
-  answer.Finish(pairs[index].queries, out, index);
+  answer.Finish(queries, out, index);
 }
 
 // Blocks per pair: as many as let all pairs run at once.

@@ -38,8 +38,8 @@ __device__ __forceinline__ void PairAnswer<kThreads>::PrefetchPages() {
     const uint32_t rows = static_cast<uint32_t>(means ? part.clusters : part.tokens);
     if (rows == 0 || view.elements_per_page == 0) continue;
     const uint32_t begin = static_cast<uint32_t>(kv_head_) * rows;
-    const uint32_t* first = view.pages + begin / view.elements_per_page;
-    const uint32_t* last = view.pages + (begin + rows - 1) / view.elements_per_page;
+    const uint32_t* first = view.pages + view.PageOf(begin);
+    const uint32_t* last = view.pages + view.PageOf(begin + rows - 1);
     for (const uint32_t* at = first; at <= last; at += kLineBytes / 4) PrefetchL2(at);
     PrefetchL2(last);
   }
@@ -50,26 +50,52 @@ __device__ __forceinline__ void PairAnswer<kThreads>::LoadSizes() {
   int* slots = Array<int>(plan_.slots);
   for (int k = 0; k < part_count_; ++k) {
     const DeviceIndexPart& part = parts_[k];
+    const DevicePagedView& view = part.cluster_begin;
     const uint32_t base = static_cast<uint32_t>(kv_head_) * (part.clusters + 1);
-#pragma unroll 4
-    for (int i = thread_; i < part.clusters; i += kThreads) {
-      const int begin = *part.cluster_begin.As<int32_t>(base + i);
-      const int end = *part.cluster_begin.As<int32_t>(base + i + 1);
-      Sizes()[part.first_cluster + i] = end - begin;
-      slots[part.first_cluster + i] = begin;
+    const int32_t* row = view.As<int32_t>(base);
+    const bool run = view.PageOf(base) == view.PageOf(base + static_cast<uint32_t>(part.clusters));
+    constexpr int kBatch = 4;  // loads in flight: none may pass a store
+#pragma unroll 1
+    for (int first = thread_; first < part.clusters; first += kBatch * kThreads) {
+      int begin[kBatch], end[kBatch];
+#pragma unroll
+      for (int j = 0; j < kBatch; ++j) {
+        const int i = min(first + j * kThreads, part.clusters - 1);
+        begin[j] = run ? row[i] : *view.As<int32_t>(base + i);
+        end[j] = run ? row[i + 1] : *view.As<int32_t>(base + i + 1);
+      }
+#pragma unroll
+      for (int j = 0; j < kBatch; ++j) {
+        const int i = first + j * kThreads;
+        if (i >= part.clusters) break;
+        Sizes()[part.first_cluster + i] = end[j] - begin[j];
+        slots[part.first_cluster + i] = begin[j];
+      }
     }
   }
 }
 
-// Rows r and r + 8 of the tile for lanes 4 r ..; behind the last cluster the last.
+// An address that lane `from` has.
+__device__ __forceinline__ const unsigned char* ShuffleAddress(const unsigned char* mine,
+                                                               int from) {
+  using Address = unsigned long long;  // NOLINT(runtime/int): what shuffles take
+  return reinterpret_cast<const unsigned char*>(
+      __shfl_sync(kFullMask, reinterpret_cast<Address>(mine), from));
+}
+
+// Row lane % 16 of the tile; behind the last cluster the last.
 template <int kThreads>
-__device__ __forceinline__ void PairAnswer<kThreads>::LocateCentroids(int tile) {
+__device__ __forceinline__ const unsigned char* PairAnswer<kThreads>::CentroidOfTile(
+    int tile) const {
+  const int cluster = min(tile * kAnswerTile + lane_ % kAnswerTile, clusters_ - 1);
+  const DeviceIndexPart& part = PartOf(cluster);
+  return Element(part.centroids, part.clusters, cluster - part.first_cluster);
+}
+// Rows r and r + 8 for lanes 4 r .., of what CentroidOfTile gave.
+template <int kThreads>
+__device__ __forceinline__ void PairAnswer<kThreads>::LocateCentroids(const unsigned char* mine) {
 #pragma unroll
-  for (int i = 0; i < 2; ++i) {
-    const int cluster = min(tile * kAnswerTile + lane_ / 4 + 8 * i, clusters_ - 1);
-    const DeviceIndexPart& part = PartOf(cluster);
-    centroid_[i] = Element(part.centroids, part.clusters, cluster - part.first_cluster);
-  }
+  for (int i = 0; i < 2; ++i) centroid_[i] = ShuffleAddress(mine, lane_ / 4 + 8 * i);
 }
 template <int kThreads>
 template <int kHalf>
@@ -86,7 +112,7 @@ __device__ __forceinline__ void PairAnswer<kThreads>::FetchCentroids() {
 
 template <int kThreads>
 __device__ __forceinline__ void PairAnswer<kThreads>::Begin(const SelectCudaPair& pair) {
-  ClusterArrive(plan_.blocks);
+  ClusterArriveRelaxed(plan_.blocks);
   CopyParts(pair);
   for (int i = thread_; i < kHistogramBins; i += kThreads) {
     s_.threshold.histogram[i] = 0;
@@ -101,22 +127,28 @@ __device__ __forceinline__ void PairAnswer<kThreads>::Begin(const SelectCudaPair
   int begin;
   Share(clusters_, &begin, &tile_end_);
   tile_ = begin + warp_;
-  if (tile_ < tile_end_) {
-    LocateCentroids(tile_);
-    FetchCentroids<0>();
-    FetchCentroids<1>();
-  }
-  // Channels: [3, D] of the first part: metric weight, K balance, V balance.
+  // Channels: [3, D] of the first part: metric weight, K balance, V balance. All page numbers are
+  // asked for before one is used.
   const int channel = thread_ % kAnswerDim;
   const float* channels = parts_[0].channels.template As<float>(kv_head_);
+  const unsigned char* centroid = tile_ < tile_end_ ? CentroidOfTile(tile_) : nullptr;
   weight_ = channels[channel];
   balance_ = channels[kAnswerDim + channel];
   const float value_balance = channels[2 * kAnswerDim + channel];
+  if (tile_ < tile_end_) {
+    LocateCentroids(centroid);
+    FetchCentroids<0>();
+    FetchCentroids<1>();
+  }
   LoadSizes();
-  if (plan_.refine) PrefetchPages();
+  if (plan_.refine) {
+    PrefetchPages();
+    const int row_lines = plan_.params.element_type == ElementType::kFloat32 ? 4 : 2;
+    for (int i = thread_; i < sinks_ * row_lines; i += kThreads) {
+      PrefetchL2(sink_keys_ + i / row_lines * sink_stride_ + i % row_lines * 128);
+    }
+  }
   if (thread_ < kAnswerDim) s_.inverse_v[channel] = 1.0f / value_balance;
-#pragma unroll
-  for (int h = 0; h < kAnswerHeads; ++h) state_[h] = Filled4(0);
 }
 
 // ---- queries
@@ -153,6 +185,11 @@ __device__ __forceinline__ void PairAnswer<kThreads>::PrepareQueries(const float
   __syncthreads();
 }
 
+// -126 <= exponent <= 127.
+__device__ __forceinline__ float PowerOfTwo(int exponent) {
+  return __uint_as_float(static_cast<uint32_t>(exponent + 127) << 23);
+}
+
 // The balanced query in halves, as the operand of products with codes: a warp per head. Divided by
 // a power of two that brings its largest channel to [2^11, 2^12).
 template <int kThreads>
@@ -168,8 +205,10 @@ __device__ __forceinline__ void PairAnswer<kThreads>::PrepareCodeQueries() {
     if (lane_ == 0) s_.query_sums[g][head] = sum;
   }
   largest = WarpMax(largest);
-  const int exponent = largest > 0 ? static_cast<int>(__float_as_uint(largest) >> 23) - 127 : 0;
-  const float unit = exp2f(static_cast<float>(exponent - 11)), inverse = 1.0f / unit;
+  // Powers stay normal; infinite queries give no numbers, as they should.
+  const int field = static_cast<int>(__float_as_uint(largest) >> 23);
+  const int exponent = min(max(field, 30), 240) - 127;
+  const float unit = PowerOfTwo(exponent - 11), inverse = PowerOfTwo(11 - exponent);
   if (lane_ == 0) s_.query_unit[head] = unit;
   const int block = lane_ / 4, t = lane_ % 4;
   float x[4];
@@ -209,6 +248,7 @@ __device__ __forceinline__ void PairAnswer<kThreads>::Publish(float4* rows, int 
     if (first == 0) rows[row] = logits;
     return;
   }
+#pragma unroll 1
   for (int k = first; k < plan_.blocks; k += 2) StoreToBlock(rows + row, k, logits);
 }
 
@@ -236,9 +276,10 @@ __device__ __forceinline__ void PairAnswer<kThreads>::MultiplyCentroids(float (&
 
 template <int kThreads>
 __device__ __forceinline__ void PairAnswer<kThreads>::ScoreCentroids() {
+#pragma unroll 1
   for (int tile = tile_; tile < tile_end_; tile += kWarps) {
     const bool more = tile + kWarps < tile_end_;
-    if (more) LocateCentroids(tile + kWarps);
+    if (more) LocateCentroids(CentroidOfTile(tile + kWarps));
     float sums[4][4] = {};  // several chains: sums of many products lose bits
     MultiplyCentroids<0>(sums);
     if (more) FetchCentroids<0>();
@@ -274,197 +315,283 @@ __device__ __forceinline__ void PairAnswer<kThreads>::ScoreSinks() {
   }
 }
 
+__device__ __forceinline__ uint32_t WordOfFour(const uint4& x, int i) {
+  return i == 0 ? x.x : i == 1 ? x.y : i == 2 ? x.z : x.w;
+}
+
 // ---- phases 2 and 4: ranks
 // -----------------------------------------------------------------------
 
-// Of each head: log2 of the sum of 2^logit over clusters that are not empty, or over tokens and
-// sinks; +infinity for heads that there are not. One barrier.
+// Items to rank and choose among: clusters, or tokens. Offsets into dynamic shared memory, so that
+// the compiler knows where they point.
+struct AnswerItems {
+  int shared;  // AnswerShared
+  int logits;  // float4 [n]
+  int sizes;   // [n], 0: no item; -1: 1 each
+  int kinds;   // [n]: 1: chosen, else 0
+  int keys;    // [n]
+  int sinks;   // float4 [sink_count]: beside them in the softmax
+  int n, sink_count;
+  int group;
+  int room;  // items are chosen in order of rank until their sizes fill it; the last one is cut
+};
+
+// The range of keys, of 2^-6 in log2 of the rank, that a key is in, counted from a rank of 2^3; the
+// rest is one.
+__device__ __forceinline__ int AnswerRange(uint32_t key) {
+  constexpr uint32_t kLargest = (3u + 1016u) << 22;
+  return key >= kLargest ? 0 : min(static_cast<int>((kLargest - key) >> 16), kHistogramBins - 1);
+}
+
+// How many candidates stand before one of this key and index, and their weights' sum, with weights
+// of 1 each where there are none.
+__device__ __forceinline__ int2 CountBefore(const ThresholdScratch& t, int candidates, uint32_t key,
+                                            int index) {
+  int2 before = make_int2(0, 0);
+#pragma unroll 1
+  for (int j = 0; j < candidates; j += 4) {
+    const uint4 keys = *reinterpret_cast<const uint4*>(t.candidate_keys + j);
+    const uint4 indices = *reinterpret_cast<const uint4*>(t.candidate_indices + j);
+    const uint4 weights = *reinterpret_cast<const uint4*>(t.candidate_weights + j);
+#pragma unroll
+    for (int k = 0; k < 4; ++k) {
+      const uint32_t other = WordOfFour(keys, k);
+      const bool first =
+          other > key || (other == key && static_cast<int>(WordOfFour(indices, k)) < index);
+      if (!first || j + k >= candidates) continue;
+      before = make_int2(before.x + 1, before.y + static_cast<int>(WordOfFour(weights, k)));
+    }
+  }
+  return before;
+}
+
+// Of each head: log2 of the sum of 2^logit; +infinity for heads that there are not. One barrier.
 template <int kThreads>
-template <bool kClusters>
-__device__ __forceinline__ float4 PairAnswer<kThreads>::SoftmaxLogSums(const float4* logits,
-                                                                       int n) {
-  const float4* sinks = Array<float4>(plan_.sinks);
-  const int extra = kClusters ? 0 : sinks_;
+__device__ __forceinline__ float4 SoftmaxLogSums(const AnswerItems& items, AnswerShared& s) {
+  constexpr int kWarps = kThreads / kWarp;
+  const int thread = static_cast<int>(threadIdx.x), lane = thread % kWarp, warp = thread / kWarp;
+  const float4* logits = reinterpret_cast<const float4*>(SharedMemory() + items.logits);
+  const float4* sinks = reinterpret_cast<const float4*>(SharedMemory() + items.sinks);
+  const int* sizes = reinterpret_cast<const int*>(SharedMemory() + items.sizes);
+  constexpr int kBatch = 4;
   float4 largest = Filled4(kAnswerNegativeInfinity), sum = Filled4(0);
-#pragma unroll 4
-  for (int i = thread_; i < n; i += kThreads) {
-    if (!kClusters || Sizes()[i] > 0) largest = Max4(largest, logits[i]);
-  }
-  for (int i = thread_; i < extra; i += kThreads) largest = Max4(largest, sinks[i]);
-  const float warp_largest = WarpJoin4<false>(largest);
-  const float4 shift = Spread4(ZeroIfNone(warp_largest), 8);
-  const auto add = [&](float4 x) {
-    sum = Add4(sum, make_float4(Exp2(x.x - shift.x), Exp2(x.y - shift.y), Exp2(x.z - shift.z),
-                                Exp2(x.w - shift.w)));
+  // Adds `x` of up to kBatch items to the thread's running softmax.
+  const auto add = [&](const float4(&x)[kBatch]) {
+    float4 more = largest;
+#pragma unroll
+    for (int j = 0; j < kBatch; ++j) more = Max4(more, x[j]);
+    const float4 shift = ZeroIfNone4(more);
+    sum = Mul4(sum, Exp2Of4(largest, shift));
+    largest = more;
+#pragma unroll
+    for (int j = 0; j < kBatch; ++j) sum = Add4(sum, Exp2Of4(x[j], shift));
   };
-#pragma unroll 4
-  for (int i = thread_; i < n; i += kThreads) {
-    if (!kClusters || Sizes()[i] > 0) add(logits[i]);
+#pragma unroll 1
+  for (int first = thread; first < items.n; first += kBatch * kThreads) {
+    float4 x[kBatch];
+#pragma unroll
+    for (int j = 0; j < kBatch; ++j) {
+      const int i = first + j * kThreads;
+      const bool there = i < items.n && (items.sizes < 0 || sizes[i] > 0);
+      x[j] = there ? logits[i] : Filled4(kAnswerNegativeInfinity);
+    }
+    add(x);
   }
-  for (int i = thread_; i < extra; i += kThreads) add(sinks[i]);
+#pragma unroll 1
+  for (int i = thread; i < items.sink_count; i += kThreads) {
+    const float4 none = Filled4(kAnswerNegativeInfinity), x[kBatch] = {sinks[i], none, none, none};
+    add(x);
+  }
+  const float warp_largest = WarpJoin4<false>(largest);
+  sum = Mul4(sum, Exp2Of4(largest, Spread4(ZeroIfNone(warp_largest), 8)));
   const float warp_sum = WarpJoin4<true>(sum);
-  if (lane_ % 8 == 0) {
-    s_.warp_max[4 * warp_ + lane_ / 8] = warp_largest;
-    s_.warp_sum[4 * warp_ + lane_ / 8] = warp_sum;
+  if (lane % 8 == 0) {
+    s.warp_max[4 * warp + lane / 8] = warp_largest;
+    s.warp_sum[4 * warp + lane / 8] = warp_sum;
   }
   __syncthreads();
   float all = kAnswerNegativeInfinity, total = 0;
 #pragma unroll
-  for (int i = lane_; i < 4 * kWarps; i += kWarp) all = fmaxf(all, s_.warp_max[i]);
+  for (int i = lane; i < 4 * kWarps; i += kWarp) all = fmaxf(all, s.warp_max[i]);
 #pragma unroll
   for (int offset = 4; offset < kWarp; offset *= 2) {
     all = fmaxf(all, __shfl_xor_sync(kFullMask, all, offset));
   }
   all = ZeroIfNone(all);
 #pragma unroll
-  for (int i = lane_; i < 4 * kWarps; i += kWarp) {
-    total += s_.warp_sum[i] * Exp2(s_.warp_max[i] - all);
-  }
+  for (int i = lane; i < 4 * kWarps; i += kWarp) total += s.warp_sum[i] * Exp2(s.warp_max[i] - all);
 #pragma unroll
   for (int offset = 4; offset < kWarp; offset *= 2) {
     total += __shfl_xor_sync(kFullMask, total, offset);
   }
   const float log_sum = total > 0 ? all + log2f(total) : 0.0f;
-  return Spread4(lane_ % 4 < plan_.params.group ? log_sum : -kAnswerNegativeInfinity, 1);
+  return Spread4(lane % 4 < items.group ? log_sum : -kAnswerNegativeInfinity, 1);
 }
 
-// Keys() = RankKey of the sum over the heads of the softmax, and how many items, and of clusters
-// how many tokens, each range of keys has. Logarithms, so that nothing underflows. Two barriers.
+// keys = RankKey of the sum over the heads of the softmax, and how many items and how much size
+// each range of keys has. Logarithms, so that nothing underflows. Two barriers.
 template <int kThreads>
-template <bool kClusters>
-__device__ __forceinline__ void PairAnswer<kThreads>::RankItems(const float4* logits, int n) {
-  const float4 log_sum = SoftmaxLogSums<kClusters>(logits, n);
-#pragma unroll 4
-  for (int i = thread_; i < n; i += kThreads) {
-    const int size = kClusters ? Sizes()[i] : 1;
-    const float4 x = logits[i];
-    const float a = x.x - log_sum.x, b = x.y - log_sum.y, c = x.z - log_sum.z, d = x.w - log_sum.w;
-    const float largest = ZeroIfNone(fmaxf(fmaxf(a, b), fmaxf(c, d)));
-    const float sum = Exp2(a - largest) + Exp2(b - largest) + Exp2(c - largest) + Exp2(d - largest);
-    const uint32_t key = RankKey(largest + log2f(sum));
-    Keys()[i] = key;
-    if (size <= 0) continue;
-    const int bin = KeyRange(key);
-    atomicAdd(&s_.bin_counts[bin], 1);
-    if (kClusters) atomicAdd(&s_.threshold.histogram[bin], static_cast<uint32_t>(size));
+__device__ __forceinline__ void RankItems(const AnswerItems& items, AnswerShared& s) {
+  const float4* logits = reinterpret_cast<const float4*>(SharedMemory() + items.logits);
+  const int* sizes = reinterpret_cast<const int*>(SharedMemory() + items.sizes);
+  uint32_t* keys = reinterpret_cast<uint32_t*>(SharedMemory() + items.keys);
+  const float4 log_sum = SoftmaxLogSums<kThreads>(items, s);
+  constexpr int kBatch = 4;  // loads in flight: none may pass a store
+#pragma unroll 1
+  for (int first = static_cast<int>(threadIdx.x); first < items.n; first += kBatch * kThreads) {
+    float4 x[kBatch];
+    int size[kBatch];
+#pragma unroll
+    for (int j = 0; j < kBatch; ++j) {
+      const int i = min(first + j * kThreads, items.n - 1);
+      x[j] = logits[i];
+      size[j] = items.sizes < 0 ? 1 : sizes[i];
+    }
+#pragma unroll
+    for (int j = 0; j < kBatch; ++j) {
+      const float4 y = make_float4(x[j].x - log_sum.x, x[j].y - log_sum.y, x[j].z - log_sum.z,
+                                   x[j].w - log_sum.w);
+      const float largest = ZeroIfNone(fmaxf(fmaxf(y.x, y.y), fmaxf(y.z, y.w)));
+      const float4 share = Exp2Of4(y, Filled4(largest));
+      const uint32_t key = RankKey(largest + Log2((share.x + share.y) + (share.z + share.w)));
+      const int i = first + j * kThreads, bin = AnswerRange(key);
+      if (i >= items.n) break;
+      keys[i] = key;
+      if (size[j] <= 0) continue;
+      atomicAdd(&s.bin_counts[bin], 1);
+      atomicAdd(&s.threshold.histogram[bin], static_cast<uint32_t>(size[j]));
+    }
   }
   __syncthreads();
 }
 
 // Sums over the threads before this one, and over all. One barrier, and one between two calls.
 template <int kThreads>
-__device__ __forceinline__ int2 PairAnswer<kThreads>::ScanBlock(int2 x, int2* total) {
-  int2 inclusive = x;
+__device__ __forceinline__ int2 ScanBlock(int2 x, AnswerShared& s, int2* total) {
+  constexpr int kWarps = kThreads / kWarp;
+  const int lane = static_cast<int>(threadIdx.x) % kWarp;
+  const int warp = static_cast<int>(threadIdx.x) / kWarp;
+  const auto scan = [lane](int2 y) {
 #pragma unroll
-  for (int offset = 1; offset < kWarp; offset *= 2) {
-    const int a = __shfl_up_sync(kFullMask, inclusive.x, offset);
-    const int b = __shfl_up_sync(kFullMask, inclusive.y, offset);
-    if (lane_ >= offset) inclusive = make_int2(inclusive.x + a, inclusive.y + b);
-  }
-  if (lane_ == kWarp - 1) s_.scan[warp_] = inclusive;
+    for (int offset = 1; offset < kWarp; offset *= 2) {
+      const int a = __shfl_up_sync(kFullMask, y.x, offset);
+      const int b = __shfl_up_sync(kFullMask, y.y, offset);
+      if (lane >= offset) y = make_int2(y.x + a, y.y + b);
+    }
+    return y;
+  };
+  const int2 inclusive = scan(x);
+  if (lane == kWarp - 1) s.scan[warp] = inclusive;
   __syncthreads();
-  int2 before = make_int2(0, 0), all = make_int2(0, 0);
-#pragma unroll
-  for (int w = 0; w < kWarps; ++w) {
-    const int2 of = s_.scan[w];
-    all = make_int2(all.x + of.x, all.y + of.y);
-    if (w < warp_) before = make_int2(before.x + of.x, before.y + of.y);
-  }
-  *total = all;
-  return make_int2(before.x + inclusive.x - x.x, before.y + inclusive.y - x.y);
+  const int2 warps = scan(lane < kWarps ? s.scan[lane] : make_int2(0, 0));
+  const int from = max(warp - 1, 0);
+  const int a = __shfl_sync(kFullMask, warps.x, from), b = __shfl_sync(kFullMask, warps.y, from);
+  *total = make_int2(__shfl_sync(kFullMask, warps.x, kWarp - 1),
+                     __shfl_sync(kFullMask, warps.y, kWarp - 1));
+  return make_int2((warp > 0 ? a : 0) + inclusive.x - x.x, (warp > 0 ? b : 0) + inclusive.y - x.y);
 }
 
-// The thread's bins, and in *before the sums of the bins before them.
-template <int kThreads>
-template <bool kTokens>
-__device__ __forceinline__ void PairAnswer<kThreads>::CountBins(
-    int (&tokens)[kHistogramBins / kThreads], int (&counts)[kHistogramBins / kThreads],
-    int2* before) {
+// Where, in the order of the bins, the sum reaches the target; of sizes or of counts.
+template <int kThreads, bool kSizes>
+__device__ __forceinline__ void FindRange(int target, AnswerShared& s, int* found_bin,
+                                          int* found_size, int* found_count) {
   constexpr int kBins = kHistogramBins / kThreads;
+  const int first = static_cast<int>(threadIdx.x) * kBins;
+  int sizes[kBins], counts[kBins];
   int2 sum = make_int2(0, 0), total;
 #pragma unroll
   for (int j = 0; j < kBins; ++j) {
-    const int bin = thread_ * kBins + j;
-    tokens[j] = kTokens ? static_cast<int>(s_.threshold.histogram[bin]) : 0;
-    counts[j] = s_.bin_counts[bin];
-    sum = make_int2(sum.x + tokens[j], sum.y + counts[j]);
+    sizes[j] = static_cast<int>(s.threshold.histogram[first + j]);
+    counts[j] = s.bin_counts[first + j];
+    sum = make_int2(sum.x + sizes[j], sum.y + counts[j]);
   }
-  *before = ScanBlock(sum, &total);
+  int2 above = ScanBlock<kThreads>(sum, s, &total);
+#pragma unroll
+  for (int j = 0; j < kBins; ++j) {
+    const int before = kSizes ? above.x : above.y;
+    if (before < target && before + (kSizes ? sizes[j] : counts[j]) >= target) {
+      *found_bin = first + j;
+      *found_size = above.x;
+      *found_count = above.y;
+    }
+    above = make_int2(above.x + sizes[j], above.y + counts[j]);
+  }
+  __syncthreads();
+}
+
+// Chooses items; where the last one is among too many of nearly its rank, more than
+// kThresholdCandidates, it is left to ChooseSlowly. A function of its own: its second caller finds
+// its instructions at hand.
+template <int kThreads>
+__device__ __noinline__ void ChooseItems(AnswerItems items) {
+  AnswerShared& s = *reinterpret_cast<AnswerShared*>(SharedMemory() + items.shared);
+  int* sizes = reinterpret_cast<int*>(SharedMemory() + items.sizes);
+  unsigned char* kinds = SharedMemory() + items.kinds;
+  const uint32_t* keys = reinterpret_cast<const uint32_t*>(SharedMemory() + items.keys);
+  ThresholdScratch& t = s.threshold;
+  const int thread = static_cast<int>(threadIdx.x), room = items.room;
+  RankItems<kThreads>(items, s);
+  FindRange<kThreads, true>(room, s, &s.found_bin, &s.found_tokens, &s.found_count);
+  const int bin = s.found_bin;
+  const bool all = bin < 0 && room > 0;
+  // As many turns for each thread, see ChooseExact.
+#pragma unroll 1
+  for (int first = 0; first < items.n; first += kThreads) {
+    const int i = first + thread;
+    const bool there = i < items.n;
+    const int size = !there ? 0 : items.sizes < 0 ? 1 : sizes[i];
+    const uint32_t key = there ? keys[i] : 0;
+    const int range = AnswerRange(key);
+    if (there) kinds[i] = size > 0 && (all || range < bin) ? 1 : 0;
+    if (size > 0 && range == bin) {
+      const int at = atomicAdd(&s.candidates, 1);
+      if (at < kThresholdCandidates) {
+        t.candidate_keys[at] = key;
+        t.candidate_weights[at] = size;
+        t.candidate_indices[at] = i;
+      }
+    }
+  }
+  __syncthreads();
+  // One way out for all: a function that is not inlined promises no convergence where it returns.
+  const int candidates = s.candidates <= kThresholdCandidates ? s.candidates : 0;
+  for (int first = 0; first < candidates; first += kThreads) {
+    const int c = first + thread;
+    if (c >= candidates) continue;
+    const uint32_t key = t.candidate_keys[c];
+    const int index = t.candidate_indices[c], size = t.candidate_weights[c];
+    const int2 nearer = CountBefore(t, candidates, key, index);
+    const int before = s.found_tokens + nearer.y, place = s.found_count + nearer.x;
+    s.places[c] = place;
+    if (before >= room) continue;
+    kinds[index] = 1;
+    if (before + size >= room) {
+      if (items.sizes >= 0) sizes[index] = room - before;
+      s.touched = place + 1;
+    }
+  }
+  __syncthreads();
 }
 
 // ---- phase 2: clusters
 // ---------------------------------------------------------------------------
 
-// Marks the clusters to score, `room` tokens of them, and cuts the last one's size. Where the range
-// of keys in which the room ends holds too many, they are left to ChooseClustersSlowly.
+// Marks the `wanted` clusters that follow in rank those that ChooseItems chose: their kind is 2.
 template <int kThreads>
-__device__ __forceinline__ void PairAnswer<kThreads>::ChooseTouched(int room) {
-  ThresholdScratch& t = s_.threshold;
-  const int bin = s_.found_bin;
-  const bool all = bin < 0 && room > 0;
-#pragma unroll 4
-  for (int i = thread_; i < clusters_; i += kThreads) {
-    const int size = Sizes()[i];
-    const uint32_t key = Keys()[i];
-    const int range = KeyRange(key);
-    Kinds()[i] = size > 0 && (all || range < bin) ? 1 : 0;
-    if (size <= 0 || range != bin) continue;
-    const int at = atomicAdd(&s_.candidates, 1);
-    if (at >= kThresholdCandidates) continue;
-    t.candidate_keys[at] = key;
-    t.candidate_weights[at] = size;
-    t.candidate_indices[at] = i;
-  }
-  __syncthreads();
-  const int candidates = s_.candidates;
-  if (candidates > kThresholdCandidates) return;
-  for (int c = thread_; c < candidates; c += kThreads) {
-    const uint32_t key = t.candidate_keys[c];
-    const int index = t.candidate_indices[c], size = t.candidate_weights[c];
-    int before = s_.found_tokens, place = s_.found_count;
-    for (int j = 0; j < candidates; ++j) {
-      const uint32_t other = t.candidate_keys[j];
-      const bool first = other > key || (other == key && t.candidate_indices[j] < index);
-      before += first ? t.candidate_weights[j] : 0;
-      place += first ? 1 : 0;
-    }
-    s_.places[c] = place;
-    if (before >= room) continue;
-    Kinds()[index] = 1;
-    if (before + size >= room) {
-      Sizes()[index] = room - before;
-      s_.touched = place + 1;
-    }
-  }
-  __syncthreads();
-}
-
-// Marks the `wanted` clusters that follow in rank. counts: of the thread's bins, `before` of those
-// before them.
-template <int kThreads>
-__device__ __forceinline__ void PairAnswer<kThreads>::ChooseEstimated(
-    int wanted, const int (&counts)[kHistogramBins / kThreads], int before) {
-  constexpr int kBins = kHistogramBins / kThreads;
+__device__ __forceinline__ void PairAnswer<kThreads>::ChooseEstimated(int wanted) {
   ThresholdScratch& t = s_.threshold;
   const int end = s_.touched + wanted, candidates = s_.candidates;
   for (int c = thread_; c < candidates; c += kThreads) {
     const int index = t.candidate_indices[c];
     if (s_.places[c] >= s_.touched && s_.places[c] < end) Kinds()[index] = 2;
   }
-#pragma unroll
-  for (int j = 0; j < kBins; ++j) {
-    if (before < end && before + counts[j] >= end) {
-      s_.found_bin2 = thread_ * kBins + j;
-      s_.found_count2 = before;
-    }
-    before += counts[j];
-  }
-  __syncthreads();
+  int unused;
+  FindRange<kThreads, false>(end, s_, &s_.found_bin2, &unused, &s_.found_count2);
   const int bin = s_.found_bin, last = s_.found_bin2 < 0 ? kHistogramBins : s_.found_bin2;
-#pragma unroll 4
+#pragma unroll 2
   for (int i = thread_; i < clusters_; i += kThreads) {
     const uint32_t key = Keys()[i];
-    const int range = KeyRange(key);
+    const int range = AnswerRange(key);
     if (Sizes()[i] <= 0 || range <= bin || range > last) continue;
     if (range < last) {
       Kinds()[i] = 2;
@@ -481,74 +608,62 @@ __device__ __forceinline__ void PairAnswer<kThreads>::ChooseEstimated(
   for (int c = thread_; c < others; c += kThreads) {
     const uint32_t key = t.candidate_keys[c];
     const int index = t.candidate_indices[c];
-    int place = s_.found_count2;
-    for (int j = 0; j < others; ++j) {
-      const uint32_t other = t.candidate_keys[j];
-      place += other > key || (other == key && t.candidate_indices[j] < index) ? 1 : 0;
-    }
+    const int place = s_.found_count2 + CountBefore(t, others, key, index).x;
     if (place < end) Kinds()[index] = 2;
   }
   __syncthreads();
 }
 
-// The same by a search over all bits of the keys, for many clusters of nearly equal rank. With
-// room < 0 the touched ones stay as they are.
+// The same by a search over all bits of the keys, for many items of nearly equal rank: chooses
+// items.room of size where `choose`, then marks the `wanted` next.
 template <int kThreads>
-__device__ __noinline__ void ChooseSlowly(int room, int wanted, int n, const uint32_t* keys,
-                                          int* sizes, unsigned char* kinds,
-                                          ThresholdScratch& scratch) {
+__device__ __noinline__ void ChooseSlowly(AnswerItems items, bool choose, int wanted) {
+  AnswerShared& s = *reinterpret_cast<AnswerShared*>(SharedMemory() + items.shared);
+  int* sizes = reinterpret_cast<int*>(SharedMemory() + items.sizes);
+  unsigned char* kinds = SharedMemory() + items.kinds;
+  const uint32_t* keys = reinterpret_cast<const uint32_t*>(SharedMemory() + items.keys);
   const auto key = [&](int i) { return keys[i]; };
+  const auto size = [&](int i) { return items.sizes < 0 ? 1 : sizes[i]; };
+  const auto free = [&](int i) { return size(i) > 0 && kinds[i] != 1 ? 1 : 0; };
   int total;
-  if (room >= 0) {
-    const auto size = [&](int i) { return sizes[i]; };
-    const Threshold threshold = RadixThreshold<kThreads>(n, room, key, size, scratch);
+  const int last = wanted > 0 ? 2 : 1;
+#pragma unroll 1
+  for (int kind = choose ? 1 : 2; kind <= last; ++kind) {
+    const auto weight = [&](int i) { return kind == 1 ? size(i) : free(i); };
+    const Threshold threshold = RadixThreshold<kThreads>(items.n, kind == 1 ? items.room : wanted,
+                                                         key, weight, s.threshold);
     OrderedTake<kThreads>(
-        n, threshold, key, size, scratch,
+        items.n, threshold, key, weight, s.threshold,
         [&](int i, int take, int, int) {
-          kinds[i] = take > 0 ? 1 : 0;
-          if (take > 0) sizes[i] = take;
+          if (kind == 2 && kinds[i] == 1) return;
+          kinds[i] = static_cast<unsigned char>(take > 0 ? kind : 0);
+          if (kind == 1 && take > 0 && items.sizes >= 0) sizes[i] = take;
         },
         &total);
   }
-  const auto free = [&](int i) { return sizes[i] > 0 && kinds[i] != 1 ? 1 : 0; };
-  const Threshold last = RadixThreshold<kThreads>(n, wanted, key, free, scratch);
-  OrderedTake<kThreads>(
-      n, last, key, free, scratch,
-      [&](int i, int take, int, int) {
-        if (kinds[i] != 1) kinds[i] = take > 0 && wanted > 0 ? 2 : 0;
-      },
-      &total);
 }
 
 template <int kThreads>
 __device__ __forceinline__ void PairAnswer<kThreads>::ChooseClusters() {
-  constexpr int kBins = kHistogramBins / kThreads;
   const SelectCudaParams& p = plan_.params;
   const int room = max(p.scored_tokens, max(0, p.budget_tokens - sinks_));
   const int wanted = static_cast<int>(static_cast<double>(p.estimated_fraction) * clusters_);
-  RankItems<true>(ClusterLogits(), clusters_);
-  int tokens[kBins], counts[kBins];
-  int2 before;
-  CountBins<true>(tokens, counts, &before);
-  int above = before.x, above_count = before.y;
-#pragma unroll
-  for (int j = 0; j < kBins; ++j) {
-    if (above < room && above + tokens[j] >= room) {
-      s_.found_bin = thread_ * kBins + j;
-      s_.found_tokens = above;
-      s_.found_count = above_count;
-    }
-    above += tokens[j];
-    above_count += counts[j];
-  }
-  __syncthreads();
-  ChooseTouched(room);
+  const AnswerItems items = {offset_,
+                             offset_ + plan_.cluster_logits,
+                             offset_ + plan_.sizes,
+                             offset_ + plan_.kinds,
+                             offset_ + plan_.keys,
+                             0,
+                             clusters_,
+                             0,
+                             p.group,
+                             room};
+  ChooseItems<kThreads>(items);
   const bool slow = s_.candidates > kThresholdCandidates;
   const bool remaining = s_.found_bin >= 0 || room <= 0;  // clusters for the estimated zone
-  if (!slow && wanted > 0 && remaining) ChooseEstimated(wanted, counts, before.y);
+  if (!slow && wanted > 0 && remaining) ChooseEstimated(wanted);
   if (slow || s_.candidates2 > kThresholdCandidates) {
-    ChooseSlowly<kThreads>(slow ? room : -1, wanted, clusters_, Keys(), Sizes(), Kinds(),
-                           s_.threshold);
+    ChooseSlowly<kThreads>(items, slow, wanted);
   }
 }
 
@@ -556,7 +671,7 @@ __device__ __forceinline__ void PairAnswer<kThreads>::ChooseClusters() {
 template <int kThreads>
 __device__ __forceinline__ void PairAnswer<kThreads>::ListClusters() {
   const int* slots = Array<int>(plan_.slots);
-  float4 largest = Filled4(kAnswerNegativeInfinity);
+#pragma unroll 1
   for (int first = 0; first < clusters_; first += 4 * kThreads) {
     if (first > 0) __syncthreads();
     const int begin = first + 4 * thread_, count = min(4, clusters_ - begin);
@@ -568,7 +683,7 @@ __device__ __forceinline__ void PairAnswer<kThreads>::ListClusters() {
       if (kind == 1) mine = make_int2(mine.x + Sizes()[begin + j], mine.y + 1);
       if (kind == 2) mine.y += 1 << 16;
     }
-    const int2 before = ScanBlock(mine, &total);
+    const int2 before = ScanBlock<kThreads>(mine, s_, &total);
     int at = listed_count_ + (before.y & 0xffff), token = token_count_ + before.x;
     int to = estimated_count_ + (before.y >> 16);
 #pragma unroll
@@ -582,36 +697,47 @@ __device__ __forceinline__ void PairAnswer<kThreads>::ListClusters() {
         token += Sizes()[i];
       } else if (kind == 2) {
         Estimated()[to++] = static_cast<uint16_t>(i);
-        const float log_size = log2f(static_cast<float>(Sizes()[i]));
-        largest = Max4(largest, Add4(ClusterLogits()[i], Filled4(log_size)));
       }
     }
     listed_count_ += total.y & 0xffff;
     token_count_ += total.x;
     estimated_count_ += total.y >> 16;
   }
-  const float warp_largest = WarpJoin4<false>(largest);
-  if (lane_ % 8 == 0) s_.warp_estimated[4 * warp_ + lane_ / 8] = warp_largest;
   if (thread_ == 0) {
     ListedStart()[listed_count_] = static_cast<uint16_t>(token_count_);
     s_.found_bin = -1;
-    s_.found_count = s_.candidates = 0;
+    s_.found_tokens = s_.found_count = s_.candidates = 0;
   }
-  for (int i = thread_; i < kHistogramBins; i += kThreads) s_.bin_counts[i] = 0;
+  for (int i = thread_; i < kHistogramBins; i += kThreads) {
+    s_.bin_counts[i] = 0;
+    s_.threshold.histogram[i] = 0;
+  }
   __syncthreads();
-  estimated_max_ = CombineWarps(s_.warp_estimated);
   ListTokens();
 }
 
+// Each token's place in the list of clusters, and the largest logits of the estimated zone.
 template <int kThreads>
 __device__ __forceinline__ void PairAnswer<kThreads>::ListTokens() {
-  for (int e = warp_; e < listed_count_; e += kWarps) {
+#pragma unroll 1
+  for (int e = thread_ / 8; e < listed_count_; e += kThreads / 8) {
     const int end = ListedStart()[e + 1];
-    for (int t = ListedStart()[e] + lane_; t < end; t += kWarp) {
+#pragma unroll 1
+    for (int t = ListedStart()[e] + lane_ % 8; t < end; t += 8) {
       TokenEntry()[t] = static_cast<uint16_t>(e);
     }
   }
+  float4 largest = Filled4(kAnswerNegativeInfinity);
+#pragma unroll 1
+  for (int i = thread_; i < estimated_count_; i += kThreads) {
+    const int cluster = Estimated()[i];
+    const float log_size = Log2(static_cast<float>(Sizes()[cluster]));
+    largest = Max4(largest, Add4(ClusterLogits()[cluster], Filled4(log_size)));
+  }
+  const float warp_largest = WarpJoin4<false>(largest);
+  if (lane_ % 8 == 0) s_.warp_estimated[4 * warp_ + lane_ / 8] = warp_largest;
   __syncthreads();
+  estimated_max_ = CombineWarps(s_.warp_estimated);
 }
 
 // The largest of each head over the warps.
@@ -634,9 +760,6 @@ __device__ __forceinline__ float4 PairAnswer<kThreads>::CombineWarps(const float
 __device__ __forceinline__ float HalfOfWords(uint32_t low, uint32_t high, int i) {
   return HalfBitsToFloat(static_cast<uint16_t>((i < 2 ? low : high) >> (i % 2 * 16)));
 }
-__device__ __forceinline__ uint32_t WordOfFour(const uint4& x, int i) {
-  return i == 0 ? x.x : i == 1 ? x.y : i == 2 ? x.z : x.w;
-}
 // The codes at bits b and b + 16 of a word, left = 8 - b, as the halves 1 + code / 4: the bits
 // become a mantissa's leading ones, no conversion. Scales and lows make good for it:
 // low + scale · code = (low - 4 scale) + 4 scale · (1 + code / 4).
@@ -644,34 +767,31 @@ __device__ __forceinline__ uint32_t CodesOverFour(uint32_t word, int left) {
   return (__funnelshift_l(word, word, static_cast<uint32_t>(left)) & 0x03000300u) | 0x3c003c00u;
 }
 
-// Key codes of the tile's tokens r and r + 8 into codes_; value codes on their way to shared
-// memory.
+// Where the codes of token `lane % 16` of a tile are; behind the last token the last.
 template <int kThreads>
-__device__ __forceinline__ void PairAnswer<kThreads>::FetchCodes(int tile) {
+__device__ __forceinline__ const unsigned char* PairAnswer<kThreads>::CodesOfTile(int tile) {
+  return CodesOf(min(tile * kAnswerTile + lane_ % kAnswerTile, token_count_ - 1));
+}
+
+// Key codes of the tile's tokens r and r + 8 into codes_; value codes on their way to shared
+// memory, as tile `local` of the block.
+template <int kThreads>
+__device__ __forceinline__ void PairAnswer<kThreads>::FetchCodes(int tile, int local) {
+  const unsigned char* mine = CodesOfTile(tile);
 #pragma unroll
   for (int i = 0; i < 2; ++i) {
-    const int token = min(tile * kAnswerTile + lane_ / 4 + 8 * i, token_count_ - 1);
-    code_row_[i] = CodesOf(token);
-    const uint4* row = reinterpret_cast<const uint4*>(code_row_[i]);
+    const uint4* row = reinterpret_cast<const uint4*>(ShuffleAddress(mine, lane_ / 4 + 8 * i));
     codes_[i][0] = row[0];
     codes_[i][1] = row[2];
     codes_[i][2] = row[3];
   }
-}
-template <int kThreads>
-__device__ __forceinline__ void PairAnswer<kThreads>::StageValues(int local) {
-  using Address = unsigned long long;  // NOLINT(runtime/int): what shuffles take
   if (local >= plan_.staged_tiles) return;
   unsigned char* to = Array<unsigned char>(plan_.values) + local * kAnswerTile * kAnswerValueBytes;
 #pragma unroll
   for (int k = 0; k < 2; ++k) {
     // Pieces of 16 bytes: scales and lows, bits, bits.
     const int piece = lane_ + k * kWarp, token = piece / 3, part = piece % 3;
-    const Address low =
-        __shfl_sync(kFullMask, reinterpret_cast<Address>(code_row_[0]), token % 8 * 4);
-    const Address high =
-        __shfl_sync(kFullMask, reinterpret_cast<Address>(code_row_[1]), token % 8 * 4);
-    const unsigned char* from = reinterpret_cast<const unsigned char*>(token < 8 ? low : high);
+    const unsigned char* from = ShuffleAddress(mine, token % kAnswerTile);
     if (token < kAnswerTile) {
       CopyAsync16(to + piece * 16, from + (part == 0 ? 16 : 48 + 16 * part));
     }
@@ -720,14 +840,24 @@ __device__ __forceinline__ void PairAnswer<kThreads>::ScoreTile(int tile,
   }
 }
 
-// Asks for the value means that the block will read.
+// Asks for what the block will read: value means, and codes beyond each warp's first tile. Codes
+// lie closer together than lines are long.
 template <int kThreads>
 __device__ __forceinline__ void PairAnswer<kThreads>::PrefetchMeans() {
+  int begin, end;
+  Share(token_count_, &begin, &end);
+#pragma unroll 1
+  for (int t = (begin + kWarps) * kAnswerTile + thread_; t < min(end * kAnswerTile, token_count_);
+       t += kThreads) {
+    PrefetchL2(CodesOf(t));
+  }
   const int step = plan_.blocks * kThreads, first = rank_ * kThreads + thread_;
+#pragma unroll 1
   for (int i = first; i < 4 * estimated_count_; i += step) {
     PrefetchL2(ValueMean(Estimated()[i / 4]) + i % 4 * 128);
   }
   const int listed = plan_.refine && plan_.params.answer_scored ? listed_count_ : 0;
+#pragma unroll 1
   for (int i = first; i < 4 * listed; i += step) {
     PrefetchL2(ValueMean(Listed()[i / 4]) + i % 4 * 128);
   }
@@ -739,16 +869,13 @@ __device__ __forceinline__ void PairAnswer<kThreads>::ScoreTokens() {
   int begin, end;
   Share(token_count_, &begin, &end);
   int tile = begin + warp_;
-  if (tile < end) FetchCodes(tile);
-  if (tile < end) StageValues(tile - begin);
+  if (tile < end) FetchCodes(tile, tile - begin);
   PrefetchMeans();
+#pragma unroll 1
   for (; tile < end; tile += kWarps) {
     const uint4 codes[2][3] = {{codes_[0][0], codes_[0][1], codes_[0][2]},
                                {codes_[1][0], codes_[1][1], codes_[1][2]}};
-    if (tile + kWarps < end) {
-      FetchCodes(tile + kWarps);
-      StageValues(tile + kWarps - begin);
-    }
+    if (tile + kWarps < end) FetchCodes(tile + kWarps, tile + kWarps - begin);
     ScoreTile(tile, codes);
   }
   CopyAsyncCommit();
@@ -765,23 +892,36 @@ __device__ __forceinline__ void PairAnswer<kThreads>::SumEstimated() {
   const int head = lane_ % 4;
   const float4 m = estimated_max_;
   const float shift = ZeroIfNone(head == 0 ? m.x : head == 1 ? m.y : head == 2 ? m.z : m.w);
-  for (int first = (rank_ * kWarps + warp_) * kRows; first < estimated_count_;
-       first += plan_.blocks * kWarps * kRows) {
+#pragma unroll
+  for (int h = 0; h < kAnswerHeads; ++h) state_[h] = Filled4(0);
+  // Lane 4 i + h: cluster i, its row, and its weight for head h.
+  const int step = plan_.blocks * kWarps * kRows;
+  int mine = (rank_ * kWarps + warp_) * kRows + lane_ / 4;
+  int cluster = 0;
+  const unsigned char* row = nullptr;
+  const auto locate = [&] {
+    cluster = Estimated()[min(mine, estimated_count_ - 1)];
+    row = ValueMean(cluster);
+  };
+  if (mine - lane_ / 4 < estimated_count_) locate();
+#pragma unroll 1
+  for (; mine - lane_ / 4 < estimated_count_; mine += step) {
     float4 rows[kRows];
 #pragma unroll
     for (int i = 0; i < kRows; ++i) {
-      const int cluster = Estimated()[min(first + i, estimated_count_ - 1)];
-      rows[i] = reinterpret_cast<const float4*>(ValueMean(cluster))[lane_];
+      rows[i] = reinterpret_cast<const float4*>(ShuffleAddress(row, 4 * i))[lane_];
     }
-    // Lane 4 i + h: cluster i's weight for head h.
-    const int mine = first + lane_ / 4;
     float weight = 0;
     if (mine < estimated_count_ && head < plan_.params.group) {
-      const int cluster = Estimated()[mine];
       const float logit = Array<float>(plan_.cluster_logits)[4 * cluster + head];
-      weight = Exp2(logit + log2f(static_cast<float>(Sizes()[cluster])) - shift);
+      weight = Exp2(logit + Log2(static_cast<float>(Sizes()[cluster])) - shift);
     }
     weights_ += weight;
+    if (mine + step - lane_ / 4 < estimated_count_) {
+      mine += step;
+      locate();
+      mine -= step;
+    }
 #pragma unroll
     for (int i = 0; i < kRows; ++i) {
 #pragma unroll
@@ -795,113 +935,44 @@ __device__ __forceinline__ void PairAnswer<kThreads>::SumEstimated() {
 // ---- phase 4: the exact zone
 // ---------------------------------------------------------------------
 
-// Marks the `wanted` tokens of the largest keys and lists them in any order; leaves in warp_coded
-// the largest logits of the others. Where too many tokens share a range, as ChooseTouched.
-template <int kThreads>
-__device__ __forceinline__ void PairAnswer<kThreads>::ChooseExactAmong(int wanted) {
-  constexpr int kBins = kHistogramBins / kThreads;
-  ThresholdScratch& s = s_.threshold;
-  int tokens[kBins], counts[kBins];
-  int2 before;
-  CountBins<false>(tokens, counts, &before);
-  int above = before.y;
-#pragma unroll
-  for (int j = 0; j < kBins; ++j) {
-    if (above < wanted && above + counts[j] >= wanted) {
-      s_.found_bin = thread_ * kBins + j;
-      s_.found_count = above;
-    }
-    above += counts[j];
-  }
-  __syncthreads();
-  const bool all = wanted >= token_count_;
-  const int bin = s_.found_bin;
-  const auto add = [&](int token) {
-    Array<int>(plan_.exact_token)[atomicAdd(&s_.exact_count, 1)] = token;
-  };
-  float4 largest = Filled4(kAnswerNegativeInfinity);
-#pragma unroll 4
-  for (int i = thread_; i < token_count_; i += kThreads) {
-    const uint32_t key = Keys()[i];
-    const int range = KeyRange(key);
-    const bool exact = all || range < bin;
-    Exact()[i] = exact;
-    if (exact) {
-      add(i);
-    } else if (range > bin) {
-      largest = Max4(largest, TokenLogits()[i]);
-    } else {
-      const int at = atomicAdd(&s_.candidates, 1);
-      if (at >= kThresholdCandidates) continue;
-      s.candidate_keys[at] = key;
-      s.candidate_indices[at] = i;
-    }
-  }
-  __syncthreads();
-  const int candidates = s_.candidates;
-  for (int c = thread_; c < candidates && candidates <= kThresholdCandidates; c += kThreads) {
-    const uint32_t key = s.candidate_keys[c];
-    const int token = s.candidate_indices[c];
-    int place = s_.found_count;
-    for (int j = 0; j < candidates; ++j) {
-      const uint32_t other = s.candidate_keys[j];
-      place += other > key || (other == key && s.candidate_indices[j] < token) ? 1 : 0;
-    }
-    Exact()[token] = place < wanted;
-    if (place < wanted) {
-      add(token);
-    } else {
-      largest = Max4(largest, TokenLogits()[token]);
-    }
-  }
-  const float warp_largest = WarpJoin4<false>(largest);
-  if (lane_ % 8 == 0) s_.warp_coded[4 * warp_ + lane_ / 8] = warp_largest;
-  __syncthreads();
-}
-
-// The same by a search over all bits of the keys.
-template <int kThreads>
-__device__ __noinline__ int TakeExactSlowly(int wanted, int n, const uint32_t* keys,
-                                            unsigned char* exact, int* exact_token,
-                                            ThresholdScratch& scratch) {
-  const auto key = [&](int i) { return keys[i]; };
-  const auto one = [](int) { return 1; };
-  const Threshold threshold = RadixThreshold<kThreads>(n, wanted, key, one, scratch);
-  int total;
-  return OrderedTake<kThreads>(
-      n, threshold, key, one, scratch,
-      [&](int i, int take, int index, int) {
-        exact[i] = take > 0;
-        if (take > 0) exact_token[index] = i;
-      },
-      &total);
-}
-template <int kThreads>
-__device__ __forceinline__ void PairAnswer<kThreads>::ChooseExactSlowly(int wanted) {
-  const int count = TakeExactSlowly<kThreads>(wanted, token_count_, Keys(), Exact(),
-                                              Array<int>(plan_.exact_token), s_.threshold);
-  float4 largest = Filled4(kAnswerNegativeInfinity);
-  for (int i = thread_; i < token_count_; i += kThreads) {
-    if (!Exact()[i]) largest = Max4(largest, TokenLogits()[i]);
-  }
-  const float warp_largest = WarpJoin4<false>(largest);
-  if (lane_ % 8 == 0) s_.warp_coded[4 * warp_ + lane_ / 8] = warp_largest;
-  if (thread_ == 0) s_.exact_count = count;
-  __syncthreads();
-}
-
+// The tokens of the largest ranks, in any order; leaves in warp_coded the largest logits of the
+// others.
 template <int kThreads>
 __device__ __forceinline__ void PairAnswer<kThreads>::ChooseExact() {
+  int* list = Array<int>(plan_.exact_token);
   if (!plan_.refine) {
-    for (int t = thread_; t < token_count_; t += kThreads) Array<int>(plan_.exact_token)[t] = t;
+    for (int t = thread_; t < token_count_; t += kThreads) list[t] = t;
     if (thread_ == 0) s_.exact_count = token_count_;
     __syncthreads();
     return;
   }
-  const int wanted = min(token_count_, max(0, plan_.params.budget_tokens - sinks_));
-  RankItems<false>(TokenLogits(), token_count_);
-  ChooseExactAmong(wanted);
-  if (s_.candidates > kThresholdCandidates) ChooseExactSlowly(wanted);
+  const AnswerItems items = {offset_,
+                             offset_ + plan_.token_logits,
+                             -1,
+                             offset_ + plan_.exact,
+                             offset_ + plan_.keys,
+                             offset_ + plan_.sinks,
+                             token_count_,
+                             sinks_,
+                             plan_.params.group,
+                             max(0, plan_.params.budget_tokens - sinks_)};
+  ChooseItems<kThreads>(items);
+  if (s_.candidates > kThresholdCandidates) ChooseSlowly<kThreads>(items, true, 0);
+  __syncwarp();
+  float4 largest = Filled4(kAnswerNegativeInfinity);
+  // As many turns for each thread of a warp: one that has left a loop early must not meet the
+  // shuffles and the barrier below before its warp.
+#pragma unroll 1
+  for (int first = 0; first < token_count_; first += kThreads) {
+    const int i = first + thread_;
+    const bool there = i < token_count_, exact = there && Exact()[i] != 0;
+    if (exact) list[atomicAdd(&s_.exact_count, 1)] = i;
+    largest = Max4(largest, there && !exact ? TokenLogits()[i] : Filled4(kAnswerNegativeInfinity));
+  }
+  __syncwarp();
+  const float warp_largest = WarpJoin4<false>(largest);
+  if (lane_ % 8 == 0) s_.warp_coded[4 * warp_ + lane_ / 8] = warp_largest;
+  __syncthreads();
 }
 
 // ---- phase 5: the state
@@ -924,11 +995,13 @@ __device__ __forceinline__ void PairAnswer<kThreads>::SumTouched() {
     return reinterpret_cast<const float4*>(ValueMean(Listed()[entry]))[lane_];
   };
   if (e < listed_count_) next = fetch(e);
+#pragma unroll 1
   for (; e < listed_count_; e += step) {
     const float4 row = next;
     if (e + step < listed_count_) next = fetch(e + step);
     const int end = ListedStart()[e + 1];
     float weight = 0;
+#pragma unroll 1
     for (int t = ListedStart()[e] + lane_ / 4; t < end; t += 8) {
       if (there && !Exact()[t]) weight += Exp2(logits[4 * t + head] - shift);
     }
@@ -948,16 +1021,16 @@ __device__ __forceinline__ void PairAnswer<kThreads>::SumTouched() {
 template <int kThreads>
 __device__ __forceinline__ int PairAnswer<kThreads>::ValueExponent(int begin, int end) {
   int largest = 0;
+#pragma unroll 1
   for (int tile = begin + warp_; tile < end; tile += kWarps) {
-    if (lane_ >= kAnswerTile) continue;
     const int local = tile - begin;
     uint2 scales;
     if (local < plan_.staged_tiles) {
       scales = *reinterpret_cast<const uint2*>(Array<unsigned char>(plan_.values) +
-                                               (local * kAnswerTile + lane_) * kAnswerValueBytes);
+                                               (local * kAnswerTile + lane_ % kAnswerTile) *
+                                                   kAnswerValueBytes);
     } else {
-      const int token = min(tile * kAnswerTile + lane_, token_count_ - 1);
-      scales = *reinterpret_cast<const uint2*>(CodesOf(token) + 16);
+      scales = *reinterpret_cast<const uint2*>(CodesOfTile(tile) + 16);
     }
     largest = max(largest, static_cast<int>(max(scales.x & 0xffffu, scales.x >> 16)));
     largest = max(largest, static_cast<int>(max(scales.y & 0xffffu, scales.y >> 16)));
@@ -967,7 +1040,7 @@ __device__ __forceinline__ int PairAnswer<kThreads>::ValueExponent(int begin, in
     largest = max(largest, __shfl_xor_sync(kFullMask, largest, offset));
   }
   // A half's field e stands for [2^(e - 15), 2^(e - 14)).
-  return 27 - (__shfl_sync(kFullMask, largest, 0) >> 10);
+  return 27 - (largest >> 10);
 }
 
 // Adds a tile's codes [16 channels × 16 tokens, per block of channels] times weight × scale [16
@@ -981,20 +1054,22 @@ __device__ __forceinline__ void PairAnswer<kThreads>::AddTile(int tile, int loca
   const float shift = ZeroIfNone(HeadOf(state_max_, head));
   float weight[4];
   uint4 meta[4], bits[4][2];
+  const bool staged = local < plan_.staged_tiles;
+  const unsigned char* mine = staged ? nullptr : CodesOfTile(tile);
 #pragma unroll
   for (int i = 0; i < 4; ++i) {
     const int at = 2 * t + i % 2 + i / 2 * 8, token = tile * kAnswerTile + at;
     weight[i] = token < token_count_ && head < plan_.params.group && !Exact()[token]
-                    ? Exp2(Array<float>(plan_.token_logits)[4 * token + head] - shift)
+                    ? Exp2(Array<float>(plan_.token_logits)[4 * token + head] - shift) * up
                     : 0.0f;
-    if (local < plan_.staged_tiles) {
+    if (staged) {
       const uint4* row = reinterpret_cast<const uint4*>(
           Array<unsigned char>(plan_.values) + (local * kAnswerTile + at) * kAnswerValueBytes);
       meta[i] = row[0];
       bits[i][0] = row[1];
       bits[i][1] = row[2];
     } else {
-      const uint4* row = reinterpret_cast<const uint4*>(CodesOf(min(token, token_count_ - 1)));
+      const uint4* row = reinterpret_cast<const uint4*>(ShuffleAddress(mine, at));
       meta[i] = row[1];
       bits[i][0] = row[4];
       bits[i][1] = row[5];
@@ -1011,8 +1086,8 @@ __device__ __forceinline__ void PairAnswer<kThreads>::AddTile(int tile, int loca
       lows[g] += weight[i] * low - 4.0f * x[i];
     }
     uint32_t high[2], rest[2];
-    SplitHalves(x[0] * up, x[1] * up, &high[0], &rest[0]);
-    SplitHalves(x[2] * up, x[3] * up, &high[1], &rest[1]);
+    SplitHalves(x[0], x[1], &high[0], &rest[0]);
+    SplitHalves(x[2], x[3], &high[1], &rest[1]);
     const uint32_t b0 = r < 4 ? high[0] : rest[0], b1 = r < 4 ? high[1] : rest[1];
 #pragma unroll
     for (int block = 2 * g; block < 2 * g + 2; ++block) {
@@ -1054,7 +1129,7 @@ __device__ __forceinline__ void PairAnswer<kThreads>::AddCodes(const float (&sum
       const float get = __shfl_xor_sync(kFullMask, upper ? sum[block][j] : sum[block][2 + j], 2);
       const float all = (upper ? sum[block][2 + j] : sum[block][j]) + get;
       to[j * kAnswerRow + channel] +=
-          (4.0f * all * down + low[block / 2][j]) * s_.inverse_v[channel];
+          (4.0f * all + low[block / 2][j]) * down * s_.inverse_v[channel];
     }
   }
 }
@@ -1065,13 +1140,13 @@ __device__ __forceinline__ void PairAnswer<kThreads>::SumCodes() {
   Share(token_count_, &begin, &end);
   if (begin + warp_ >= end) return;
   const int exponent = ValueExponent(begin, end);
-  const float up = exp2f(static_cast<float>(exponent));
+  const float up = PowerOfTwo(exponent);
   float sum[8][4] = {}, lows[kAnswerGroups] = {};
 #pragma unroll 1
   for (int tile = begin + warp_; tile < end; tile += kWarps) {
     AddTile(tile, tile - begin, up, sum, lows);
   }
-  AddCodes(sum, lows, 1.0f / up);
+  AddCodes(sum, lows, PowerOfTwo(-exponent));
 }
 
 // The block's part of the state, each channel to the block that writes it.
@@ -1121,6 +1196,7 @@ __device__ __forceinline__ void PairAnswer<kThreads>::SumState(int position) {
   }
   if (thread_ < 4 * plan_.blocks) {
     float sum = 0;
+#pragma unroll 4
     for (int w = 0; w < kWarps; ++w) sum += s_.warp_weights[4 * w + thread_ % 4];
     float* to = reinterpret_cast<float*>(&s_.block_weights[rank_]) + thread_ % 4;
     if (plan_.blocks == 1) {

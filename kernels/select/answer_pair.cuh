@@ -41,11 +41,12 @@ constexpr int kAnswerRow = kAnswerDim + 8;                    // of partial stat
 // What a launch works out once; by value into a kernel.
 struct AnswerPlan {
   SelectCudaParams params;
-  int blocks;        // of the cluster that answers a pair
-  int room;          // tokens to take clusters for, at most
-  int max_listed;    // clusters that are touched at most
-  int staged_tiles;  // of a block's tiles: their value codes stay in shared memory
-  bool refine;       // score by codes
+  int blocks;              // of the cluster that answers a pair
+  uint32_t block_inverse;  // 2^20 / blocks, rounded up
+  int room;                // tokens to take clusters for, at most
+  int max_listed;          // clusters that are touched at most
+  int staged_tiles;        // of a block's tiles: their value codes stay in shared memory
+  bool refine;             // score by codes
   // Offsets of arrays in shared memory, bytes.
   int cluster_logits, sizes, slots, values, token_logits, keys, kinds;
   int listed, listed_start, listed_slot, estimated, token_entry, exact, exact_token, exact_position,
@@ -93,6 +94,8 @@ inline bool MakeAnswerPlan(const SelectCudaParams& p, int blocks, int64_t shared
   *plan = {};
   plan->params = p;
   plan->blocks = blocks;
+  plan->block_inverse =
+      ((1u << 20) + static_cast<uint32_t>(blocks) - 1) / static_cast<uint32_t>(blocks);
   plan->refine = refine;
   plan->room = p.budget_tokens > p.scored_tokens ? p.budget_tokens : p.scored_tokens;
   plan->max_listed = p.max_clusters < plan->room ? p.max_clusters : plan->room;
@@ -178,23 +181,35 @@ constexpr float kAnswerNegativeInfinity = -__builtin_huge_valf();
 __device__ __forceinline__ float ZeroIfNone(float x) {
   return x == kAnswerNegativeInfinity ? 0.0f : x;
 }
+__device__ __forceinline__ float4 ZeroIfNone4(float4 x) {
+  return make_float4(ZeroIfNone(x.x), ZeroIfNone(x.y), ZeroIfNone(x.z), ZeroIfNone(x.w));
+}
+__device__ __forceinline__ float4 Mul4(float4 a, float4 b) {
+  return make_float4(a.x * b.x, a.y * b.y, a.z * b.z, a.w * b.w);
+}
+// 2^(x - shift)
+__device__ __forceinline__ float4 Exp2Of4(float4 x, float4 shift) {
+  return make_float4(Exp2(x.x - shift.x), Exp2(x.y - shift.y), Exp2(x.z - shift.z),
+                     Exp2(x.w - shift.w));
+}
 
 // ---- a pair
 // -------------------------------------------------------------------------------------
 
 // One object per thread; all threads of all blocks of the pair's cluster construct it and call
-// Begin, then Finish, together. `shared`: plan.shared_bytes of shared memory, at the same place in
-// each block, aligned to 16; free again when Finish returns. kThreads: of a block.
+// Begin, then Finish, together. `offset`: where in dynamic shared memory (SharedMemory()) are
+// plan.shared_bytes for it, the same in each block, a multiple of 16; free again when Finish
+// returns. kThreads: of a block.
 template <int kThreads>
 class PairAnswer {
   static constexpr int kWarps = kThreads / kWarp;
   static_assert(kWarps <= 16 && kThreads % kAnswerDim == 0);
 
  public:
-  __device__ __forceinline__ PairAnswer(const AnswerPlan& plan, unsigned char* shared, int rank)
+  __device__ __forceinline__ PairAnswer(const AnswerPlan& plan, int offset, int rank)
       : plan_(plan),
-        base_(shared),
-        s_(*reinterpret_cast<AnswerShared*>(shared)),
+        offset_(offset),
+        s_(*reinterpret_cast<AnswerShared*>(SharedMemory() + offset)),
         rank_(rank),
         thread_(static_cast<int>(threadIdx.x)),
         lane_(thread_ % kWarp),
@@ -233,7 +248,7 @@ class PairAnswer {
  private:
   template <typename T>
   __device__ __forceinline__ T* Array(int offset) const {
-    return reinterpret_cast<T*>(base_ + offset);
+    return reinterpret_cast<T*>(SharedMemory() + offset_ + offset);
   }
   __device__ __forceinline__ float4* ClusterLogits() { return Array<float4>(plan_.cluster_logits); }
   __device__ __forceinline__ float4* TokenLogits() { return Array<float4>(plan_.token_logits); }
@@ -277,18 +292,23 @@ class PairAnswer {
     const DeviceIndexPart& part = PartOf(Listed()[TokenEntry()[token]]);
     return Element(part.codes, part.tokens, SlotOf(token));
   }
+  // x / blocks, for multiples of blocks below 2^20 exact.
+  __device__ __forceinline__ int ShareOf(int x) const {
+    return static_cast<int>(static_cast<uint64_t>(x) * plan_.block_inverse >> 20);
+  }
   // The block's share of tiles of 16 rows.
   __device__ __forceinline__ void Share(int rows, int* begin, int* end) const {
     const int tiles = (rows + kAnswerTile - 1) / kAnswerTile;
-    *begin = tiles * rank_ / plan_.blocks;
-    *end = tiles * (rank_ + 1) / plan_.blocks;
+    *begin = ShareOf(tiles * rank_);
+    *end = ShareOf(tiles * (rank_ + 1));
   }
 
   // answer_pair-inl.cuh, in the order of their use.
   __device__ __forceinline__ void CopyParts(const SelectCudaPair& pair);
   __device__ __forceinline__ void PrefetchPages();
   __device__ __forceinline__ void LoadSizes();
-  __device__ __forceinline__ void LocateCentroids(int tile);
+  __device__ __forceinline__ const unsigned char* CentroidOfTile(int tile) const;
+  __device__ __forceinline__ void LocateCentroids(const unsigned char* mine);
   template <int kHalf>
   __device__ __forceinline__ void FetchCentroids();
   template <int kHalf>
@@ -299,31 +319,18 @@ class PairAnswer {
   __device__ __forceinline__ void Publish(float4* rows, int row, float4 logits);
   __device__ __forceinline__ void ScoreCentroids();
   __device__ __forceinline__ void ScoreSinks();
-  template <bool kClusters>
-  __device__ __forceinline__ float4 SoftmaxLogSums(const float4* logits, int n);
-  template <bool kClusters>
-  __device__ __forceinline__ void RankItems(const float4* logits, int n);
-  __device__ __forceinline__ int2 ScanBlock(int2 x, int2* total);
-  template <bool kTokens>
-  __device__ __forceinline__ void CountBins(int (&tokens)[kHistogramBins / kThreads],
-                                            int (&counts)[kHistogramBins / kThreads], int2* before);
   __device__ __forceinline__ void ChooseClusters();
-  __device__ __forceinline__ void ChooseTouched(int room);
-  __device__ __forceinline__ void ChooseEstimated(int wanted,
-                                                  const int (&counts)[kHistogramBins / kThreads],
-                                                  int before);
+  __device__ __forceinline__ void ChooseEstimated(int wanted);
   __device__ __forceinline__ void ListClusters();
   __device__ __forceinline__ void ListTokens();
   __device__ __forceinline__ float4 CombineWarps(const float* of_warps) const;
-  __device__ __forceinline__ void FetchCodes(int tile);
-  __device__ __forceinline__ void StageValues(int local);
+  __device__ __forceinline__ const unsigned char* CodesOfTile(int tile);
+  __device__ __forceinline__ void FetchCodes(int tile, int local);
   __device__ __forceinline__ void ScoreTile(int tile, const uint4 (&codes)[2][3]);
   __device__ __forceinline__ void ScoreTokens();
   __device__ __forceinline__ void PrefetchMeans();
   __device__ __forceinline__ void SumEstimated();
   __device__ __forceinline__ void ChooseExact();
-  __device__ __forceinline__ void ChooseExactAmong(int wanted);
-  __device__ __forceinline__ void ChooseExactSlowly(int wanted);
   __device__ __forceinline__ void SumTouched();
   __device__ __forceinline__ int ValueExponent(int begin, int end);
   __device__ __forceinline__ void AddTile(int tile, int local, float up, float (&sum)[8][4],
@@ -350,7 +357,7 @@ class PairAnswer {
   };
 
   const AnswerPlan& plan_;
-  unsigned char* base_;
+  const int offset_;
   AnswerShared& s_;
   const int rank_, thread_, lane_, warp_;
 
@@ -363,10 +370,9 @@ class PairAnswer {
   float4 rows_[2][4][2];                   // its halves: [half][16 channels][row]
   float weight_ = 0, balance_ = 0;         // of channel thread_ % 128
   int listed_count_ = 0, token_count_ = 0, estimated_count_ = 0;
-  uint4 codes_[2][3];                      // of tokens r and r + 8: scales and lows, bits
-  const unsigned char* code_row_[2] = {};  // where they are
-  float4 state_[kAnswerHeads];             // of channels 4 lane ..: the warp's part of the state
-  float weights_ = 0;                      // of head lane % 4: the lane's part of the weights' sum
+  uint4 codes_[2][3];           // of tokens r and r + 8: scales and lows, bits
+  float4 state_[kAnswerHeads];  // of channels 4 lane ..: the warp's part of the state
+  float weights_ = 0;           // of head lane % 4: the lane's part of the weights' sum
   float4 estimated_max_, state_max_;
 };
 

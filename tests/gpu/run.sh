@@ -106,11 +106,15 @@ if wants unit; then
       status=1
   done
   if [ "$sanitize" = 1 ] && command -v compute-sanitizer > /dev/null; then
-    for tool in memcheck racecheck; do
+    for tool in memcheck racecheck synccheck; do
       # The smallest case of each kind: the checkers slow kernels down a hundredfold.
-      for run in gather:Gather attention:AttentionK8V4BesideFloat32 \
-        attention:AttentionBFloat16 select:SelectScoresEverything select:SelectFourBit \
-        kmeans:KMeansOfFewRows index:IndexFewTokens codec:CodecK8V4Float32 base:FiniteFloat32; do
+      runs=(gather:Gather attention:AttentionK8V4BesideFloat32 attention:AttentionBFloat16
+        select:SelectScoresEverything select:SelectFourBit kmeans:KMeansOfFewRows
+        index:IndexFewTokens codec:CodecK8V4Float32 base:FiniteFloat32)
+      # Threads of a warp apart at a barrier: where a block's threads have unequal work.
+      [ $tool != synccheck ] || runs=(select:SelectEqualTokens select:SelectAmongClusters
+        select:SelectScoresTokens resident:ResidentBFloat16)
+      for run in "${runs[@]}"; do
         name=${run%%:*}
         say "$tool $run"
         timeout 100 compute-sanitizer --tool "$tool" --error-exitcode 9 "$build/${name}_test" \
