@@ -2,6 +2,7 @@
 
 #include <algorithm>
 #include <atomic>
+#include <chrono>
 #include <condition_variable>
 #include <deque>
 #include <functional>
@@ -19,6 +20,9 @@
 namespace clusterkv::worker {
 namespace {
 
+// How often a device is looked after while a sequence's calls are waited for.
+constexpr std::chrono::milliseconds kCheckPeriod(50);
+
 // One thread that runs what it is given, in order.
 class Lane {
  public:
@@ -32,11 +36,9 @@ class Lane {
     thread_.join();
   }
   void Push(std::function<void()> job) {
-    {
-      const std::lock_guard<std::mutex> lock(mutex_);
-      jobs_.push_back(std::move(job));
-    }
-    changed_.notify_one();
+    const std::lock_guard<std::mutex> lock(mutex_);
+    jobs_.push_back(std::move(job));
+    changed_.notify_one();  // under the lock: once the job is done, the lane may end
   }
 
  private:
@@ -80,9 +82,14 @@ class EngineSequence {
     if (untold && failure.ok()) failure = status;
     if (--pending == 0) idle.notify_all();
   }
-  void WaitUntilIdle() {
+  // A stream of a failed device never comes to what it was given: Check ends that.
+  void WaitUntilIdle(EngineDevice& device) {
     std::unique_lock<std::mutex> lock(mutex);
-    idle.wait(lock, [this] { return pending == 0; });
+    while (!idle.wait_for(lock, kCheckPeriod, [this] { return pending == 0; })) {
+      lock.unlock();
+      device.Check().IgnoreError();
+      lock.lock();
+    }
   }
   absl::Status TakeFailure() {
     const std::lock_guard<std::mutex> lock(mutex);
@@ -114,7 +121,7 @@ class EngineSequence {
 struct Engine::Impl {
   // Lanes end before what their jobs use.
   ~Impl() {
-    for (const auto& sequence : sequences) sequence->WaitUntilIdle();
+    for (const auto& sequence : sequences) sequence->WaitUntilIdle(*device);
     lanes.clear();
     sequences.clear();
   }
@@ -126,6 +133,11 @@ struct Engine::Impl {
   // Rows as a Gather wants them.
   EngineRows RowsOf(const EngineSequence& of, const void* data, const EngineKv& kv,
                     int64_t tokens) const;
+  // A job of the sequence: how the stream came to it (else than OK: never), what came of it.
+  using Job = std::function<absl::Status(const absl::Status& reached)>;
+  // Lets the sequence's lane run `job` when the stream comes to it. untold: nobody else hears of
+  // the job's failure. Errors: the stream did not take it.
+  absl::Status HandOver(EngineSequence* of, EngineStream stream, bool untold, Job job);
   absl::Status Append(EngineSequence* of, int64_t layer, const EngineKv& kv, EngineStream stream);
   absl::Status BeginStep(EngineSequence* of, int64_t layer, const void* queries,
                          EngineStream stream);
@@ -194,6 +206,21 @@ EngineRows Engine::Impl::RowsOf(const EngineSequence& of, const void* data, cons
   return rows;
 }
 
+absl::Status Engine::Impl::HandOver(EngineSequence* of, EngineStream stream, bool untold, Job job) {
+  of->Enter();
+  // Handed on, not copied: the lane's is the last to go, and goes before what it refers to.
+  auto handed_on = std::make_shared<Job>(std::move(job));
+  absl::Status handed = device->Then(
+      stream, [of, untold, todo = std::move(handed_on)](const absl::Status& reached) mutable {
+        of->lane->Push([of, untold, todo = std::move(todo), reached] {
+          if (!reached.ok()) of->Lose(reached);
+          of->Leave((*todo)(reached), untold);
+        });
+      });
+  if (!handed.ok()) of->Leave(handed, false);
+  return handed;
+}
+
 absl::Status Engine::Impl::Append(EngineSequence* of, int64_t layer, const EngineKv& kv,
                                   EngineStream stream) {
   CKV_RETURN_IF_ERROR(of->TakeFailure());
@@ -206,22 +233,18 @@ absl::Status Engine::Impl::Append(EngineSequence* of, int64_t layer, const Engin
   CKV_RETURN_IF_ERROR(device->Gather(values, staged.get() + bytes, stream));
   const bool waits = device->synchronous();
   auto result = std::make_shared<absl::Status>();
-  of->Enter();
-  absl::Status handed = device->Then(stream, [=] {
-    of->lane->Push([=] {
-      const auto row = static_cast<size_t>(bytes);
+  CKV_RETURN_IF_ERROR(HandOver(of, stream, !waits, [=](const absl::Status& reached) {
+    const auto row = static_cast<size_t>(bytes);
+    *result = reached;
+    if (reached.ok()) {
       *result = of->session->Append(layer, absl::MakeConstSpan(staged.get(), row),
                                     absl::MakeConstSpan(staged.get() + bytes, row));
-      if (!waits && !result->ok()) of->Lose(*result);
-      of->Leave(*result, !waits);
-    });
-  });
-  if (!handed.ok()) {
-    of->Leave(handed, false);
-    return handed;
-  }
+    }
+    if (!waits && !result->ok()) of->Lose(*result);
+    return *result;
+  }));
   if (!waits) return absl::OkStatus();
-  of->WaitUntilIdle();
+  of->WaitUntilIdle(*device);
   return *result;
 }
 
@@ -234,18 +257,18 @@ absl::Status Engine::Impl::BeginStep(EngineSequence* of, int64_t layer, const vo
   CKV_RETURN_IF_ERROR(device->Gather(
       {queries, 1, 1, of->query_bytes, of->query_bytes, of->query_bytes}, staged, stream));
   CKV_RETURN_IF_ERROR(of->layers->Begin(layer));
-  of->Enter();
-  const bool untold = !device->synchronous();
-  absl::Status handed = device->Then(stream, [=] {
-    of->lane->Push([=] {
-      const auto bytes = static_cast<size_t>(of->query_bytes);
-      const absl::Status recalled =
-          of->session->Recall(layer, absl::MakeConstSpan(staged, bytes), nullptr);
-      of->Leave(of->layers->Publish(layer, staged, of->session.get(), recalled), untold);
-    });
-  });
-  if (handed.ok()) return handed;
-  of->Leave(of->layers->Publish(layer, staged, of->session.get(), handed), false);
+  absl::Status handed =
+      HandOver(of, stream, !device->synchronous(), [=](const absl::Status& reached) {
+        const auto bytes = static_cast<size_t>(of->query_bytes);
+        absl::Status recalled = reached;
+        if (reached.ok()) {
+          recalled = of->session->Recall(layer, absl::MakeConstSpan(staged, bytes), nullptr);
+        }
+        return of->layers->Publish(layer, staged, of->session.get(), recalled);
+      });
+  if (!handed.ok()) {
+    of->layers->Publish(layer, staged, of->session.get(), handed).IgnoreError();
+  }
   return handed;
 }
 
@@ -325,28 +348,24 @@ absl::Status Engine::Ingest(EngineSequence* of, int64_t layer, int64_t first_tok
     give_back();
     return handed;
   }
-  of->Enter();
-  std::vector<float> rms(query_rms.begin(), query_rms.end());
-  handed = device.Then(stream, [=, rows = *std::move(staging)] {
-    of->lane->Push([=] {
-      const auto size = static_cast<size_t>(bytes);
-      absl::Status put = of->writer->WaitForRoom(2 * bytes);
-      if (put.ok()) {
-        put = of->writer->Put(layer, first_token, tokens, absl::MakeConstSpan(rows.get(), size),
-                              absl::MakeConstSpan(rows.get() + bytes, size), rms);
-      }
-      give_back();
-      of->Leave(put, true);
-    });
-  });
-  if (handed.ok()) return handed;
-  give_back();
-  of->Leave(handed, false);
+  const std::vector<float> rms(query_rms.begin(), query_rms.end());
+  const auto put = [=, rows = *std::move(staging)](const absl::Status& reached) {
+    const auto size = static_cast<size_t>(bytes);
+    absl::Status status = reached.ok() ? of->writer->WaitForRoom(2 * bytes) : reached;
+    if (status.ok()) {
+      status = of->writer->Put(layer, first_token, tokens, absl::MakeConstSpan(rows.get(), size),
+                               absl::MakeConstSpan(rows.get() + bytes, size), rms);
+    }
+    give_back();
+    return status;
+  };
+  handed = impl_->HandOver(of, stream, /*untold=*/true, put);
+  if (!handed.ok()) give_back();
   return handed;
 }
 
 absl::Status Engine::Seal(EngineSequence* of) {
-  of->WaitUntilIdle();
+  of->WaitUntilIdle(*impl_->device);
   CKV_RETURN_IF_ERROR(of->TakeFailure());
   if (of->writer == nullptr) {
     return Error(v1::SEQUENCE_NOT_READY, absl::StrCat("sequence ", of->sequence.handle().name(),
@@ -407,12 +426,12 @@ absl::Status Engine::Step(int64_t layer, absl::Span<const EngineStep> batch, Eng
 }
 
 absl::Status Engine::Wait(EngineSequence* of) {
-  of->WaitUntilIdle();
+  of->WaitUntilIdle(*impl_->device);
   return of->TakeFailure();
 }
 
 absl::Status Engine::Close(EngineSequence* of) {
-  of->WaitUntilIdle();
+  of->WaitUntilIdle(*impl_->device);
   absl::Status status = of->TakeFailure();
   if (of->session != nullptr) status.Update(of->session->Flush());
   impl_->Remove(of);
@@ -420,7 +439,7 @@ absl::Status Engine::Close(EngineSequence* of) {
 }
 
 absl::Status Engine::Release(EngineSequence* of) {
-  of->WaitUntilIdle();
+  of->WaitUntilIdle(*impl_->device);
   const v1::SequenceHandle handle = of->sequence.handle();
   Client* const client = of->client;
   impl_->Remove(of);

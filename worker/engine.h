@@ -18,7 +18,9 @@
 // was not told yet. Wait asks for it. The sequence goes on after a failure that may pass
 // (Unavailable, DeadlineExceeded, ResourceExhausted); others stay: STALE_BOOT_ID,
 // SEQUENCE_NOT_FOUND, SEQUENCE_RELEASED want a prefill, and a decoded token that could not be
-// appended on a GPU is lost to the sequence, whose every later call returns that failure.
+// appended on a GPU is lost to the sequence, whose every later call returns that failure. So is a
+// GPU that failed (INTERNAL_ERROR): nothing waits for its streams any more, and no call on it
+// succeeds in this process; what was appended before is still sent by Close.
 #ifndef CLUSTERKV_WORKER_ENGINE_H_
 #define CLUSTERKV_WORKER_ENGINE_H_
 

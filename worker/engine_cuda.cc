@@ -5,6 +5,7 @@
 #include <algorithm>
 #include <cmath>
 #include <cstring>
+#include <iterator>
 #include <limits>
 #include <map>
 #include <mutex>
@@ -29,6 +30,7 @@ using kernels::DeviceRawRun;
 using kernels::ElementType;
 using kernels::PinnedBuffer;
 using kernels::ScopedDevice;
+using kernels::Stream;
 
 constexpr int64_t kAlignment = 256;
 // New rows of a layer that one step may bring, and how far the window may grow beyond what it
@@ -73,6 +75,52 @@ class PinnedPool {
   std::mutex mutex_;
   std::vector<PinnedBuffer> all_;
   std::map<int64_t, std::vector<std::byte*>> free_;  // by size
+};
+
+// What streams have not come to yet: a stream of a failed device never does. Streams carry numbers,
+// not pointers, so that one that comes late finds nothing. One for the process, never freed.
+class HeldBack {
+ public:
+  using Function = std::function<void(const absl::Status&)>;
+
+  static HeldBack& Get() {
+    static HeldBack& held = *new HeldBack;
+    return held;
+  }
+  uint64_t Add(const void* device, Function f) {
+    const std::lock_guard<std::mutex> lock(mutex_);
+    held_.emplace(++last_, Entry{device, std::move(f)});
+    return last_;
+  }
+  // Null: it was taken.
+  Function Take(uint64_t number) {
+    const std::lock_guard<std::mutex> lock(mutex_);
+    const auto at = held_.find(number);
+    if (at == held_.end()) return nullptr;
+    Function f = std::move(at->second.f);
+    held_.erase(at);
+    return f;
+  }
+  // In the order of Add.
+  std::vector<Function> TakeAll(const void* device) {
+    std::vector<Function> taken;
+    const std::lock_guard<std::mutex> lock(mutex_);
+    for (auto at = held_.begin(); at != held_.end();) {
+      const bool of_device = at->second.device == device;
+      if (of_device) taken.push_back(std::move(at->second.f));
+      at = of_device ? held_.erase(at) : std::next(at);
+    }
+    return taken;
+  }
+
+ private:
+  struct Entry {
+    const void* device;
+    Function f;
+  };
+  std::mutex mutex_;
+  uint64_t last_ = 0;
+  std::map<uint64_t, Entry> held_;
 };
 
 // Where the arrays of an answer lie in what TakeKernel copies whole.
@@ -402,7 +450,8 @@ absl::Status CudaLayers::Publish(int64_t layer, const std::byte* queries, Decode
 
 class CudaDevice : public EngineDevice {
  public:
-  CudaDevice(int device, uint64_t timeout_ns) : device_(device), timeout_ns_(timeout_ns) {}
+  CudaDevice(int device, uint64_t timeout_ns, Stream probe)
+      : device_(device), timeout_ns_(timeout_ns), probe_(std::move(probe)) {}
 
   bool synchronous() const override { return false; }
 
@@ -434,16 +483,27 @@ class CudaDevice : public EngineDevice {
     return absl::OkStatus();
   }
 
-  absl::Status Then(EngineStream stream, std::function<void()> f) override {
+  absl::Status Then(EngineStream stream, HeldBack::Function f) override {
     const ScopedDevice scoped(device_);
-    auto* const handed = new std::function<void()>(std::move(f));
+    const uint64_t number = HeldBack::Get().Add(this, std::move(f));
     const auto run = [](void* data) {
-      const std::unique_ptr<std::function<void()>> given(static_cast<std::function<void()>*>(data));
-      (*given)();
+      const HeldBack::Function given = HeldBack::Get().Take(reinterpret_cast<uintptr_t>(data));
+      if (given) given(absl::OkStatus());
     };
-    const cudaError_t error = cudaLaunchHostFunc(Cuda(stream), run, handed);
-    if (error != cudaSuccess) delete handed;
+    const cudaError_t error =
+        cudaLaunchHostFunc(Cuda(stream), run, reinterpret_cast<void*>(uintptr_t{number}));
+    if (error != cudaSuccess) HeldBack::Get().Take(number);
     return CudaStatus(error, "stream");
+  }
+
+  absl::Status Check() override {
+    const ScopedDevice scoped(device_);
+    const cudaError_t state = cudaStreamQuery(probe_.get());
+    if (state == cudaSuccess || state == cudaErrorNotReady) return absl::OkStatus();
+    const absl::Status failure = Error(
+        v1::INTERNAL_ERROR, absl::StrCat("device cuda:", device_, ": ", cudaGetErrorString(state)));
+    for (const HeldBack::Function& f : HeldBack::Get().TakeAll(this)) f(failure);
+    return failure;
   }
 
   absl::StatusOr<std::unique_ptr<EngineLayers>> MakeLayers(const DecodeSession& session,
@@ -457,6 +517,7 @@ class CudaDevice : public EngineDevice {
  private:
   const int device_;
   const uint64_t timeout_ns_;
+  const Stream probe_;  // has nothing to do: what it says is the device's own state
   PinnedPool pool_;
 };
 
@@ -473,8 +534,9 @@ absl::StatusOr<std::unique_ptr<EngineDevice>> MakeCudaEngineDevice(int ordinal,
     return absl::UnavailableError(
         absl::StrCat("device cuda:", ordinal, ": this process sees ", count, " GPUs"));
   }
+  CKV_ASSIGN_OR_RETURN(Stream probe, Stream::Create(ordinal));
   return std::make_unique<CudaDevice>(
-      ordinal, static_cast<uint64_t>(absl::ToInt64Nanoseconds(step_timeout)));
+      ordinal, static_cast<uint64_t>(absl::ToInt64Nanoseconds(step_timeout)), std::move(probe));
 }
 
 }  // namespace clusterkv::worker

@@ -100,10 +100,11 @@ class HostDevice : public EngineDevice {
     return absl::OkStatus();
   }
 
-  absl::Status Then(EngineStream, std::function<void()> f) override {
-    f();
+  absl::Status Then(EngineStream, std::function<void(const absl::Status&)> f) override {
+    f(absl::OkStatus());
     return absl::OkStatus();
   }
+  absl::Status Check() override { return absl::OkStatus(); }
 
   absl::StatusOr<std::unique_ptr<EngineLayers>> MakeLayers(const DecodeSession& session,
                                                            v1::ElementType output_type) override {

@@ -60,8 +60,12 @@ class EngineDevice {
   // Copies rows to `to` [tokens, heads, row_bytes], a place in Staging's memory, when `stream`
   // comes to it.
   virtual absl::Status Gather(const EngineRows& rows, std::byte* to, EngineStream stream) = 0;
-  // Runs f once `stream` has done all it was given so far; f only hands work to another thread.
-  virtual absl::Status Then(EngineStream stream, std::function<void()> f) = 0;
+  // Runs f once `stream` has done all it was given so far; f only hands work to another thread. On
+  // a device that fails before, Check runs f, with the failure.
+  virtual absl::Status Then(EngineStream stream, std::function<void(const absl::Status&)> f) = 0;
+  // OK, or what ended the device's use in this process (INTERNAL_ERROR). Waits for nothing; from
+  // any thread but Then's.
+  virtual absl::Status Check() = 0;
   // `output_type`: of what Attend writes.
   virtual absl::StatusOr<std::unique_ptr<EngineLayers>> MakeLayers(const DecodeSession& session,
                                                                    v1::ElementType output_type) = 0;

@@ -35,9 +35,8 @@ cudaError_t Launch(void (*kernel)(Params...), dim3 grid, dim3 block, size_t shar
 #ifdef CLUSTERKV_CUDA_EMULATOR
   (void)stream;
   std::tuple<Params...> bound(static_cast<Params>(args)...);
-  cuda_emulator::Launch(grid, block, shared_bytes, cluster_blocks,
-                        [&] { std::apply(kernel, bound); });
-  return cudaSuccess;
+  return cuda_emulator::Launch(grid, block, shared_bytes, cluster_blocks,
+                               [&] { std::apply(kernel, bound); });
 #else
   if (shared_bytes > 48 * 1024) {
     const cudaError_t error = cudaFuncSetAttribute(reinterpret_cast<const void*>(kernel),

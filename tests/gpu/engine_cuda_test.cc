@@ -5,7 +5,9 @@
 #include <gtest/gtest.h>
 
 #include <cmath>
+#include <cstdlib>
 #include <cstring>
+#include <functional>
 #include <limits>
 #include <memory>
 #include <string>
@@ -335,6 +337,64 @@ TEST_F(EngineCudaTest, WithoutAnAnswerTheStreamGoesOnWithZeros) {
             cudaSuccess);
   EXPECT_EQ(got, std::vector<float>(kOutput, 0.0f));
   EXPECT_EQ(take.package->gave_up, 7u);
+}
+
+// Lets the device fail while what `queue` queues waits in the stream behind it.
+void FailUnder(Stream& stream, const std::function<void()>& queue) {
+#ifdef CLUSTERKV_CUDA_EMULATOR
+  (void)stream;
+  cuda_emulator::Fail();
+  queue();
+#else
+  auto pinned = PinnedBuffer::Create(4096);
+  auto state = DeviceBuffer::Create(0, 256);
+  ASSERT_TRUE(pinned.ok() && state.ok());
+  std::memset(pinned->data(), 0, 4096);
+  StreamTake take;
+  take.package = reinterpret_cast<StreamPackage*>(pinned->data());
+  take.state = reinterpret_cast<uint32_t*>(state->data());
+  take.small_copy = reinterpret_cast<unsigned char*>(8);  // nobody's
+  take.small = reinterpret_cast<const unsigned char*>(pinned->data());
+  take.small_bytes = 8;
+  ASSERT_EQ(LaunchTake(take, 1, 10'000'000'000, stream.get()), cudaSuccess);
+  queue();
+  __atomic_store_n(&take.package->published, uint64_t{1}, __ATOMIC_RELEASE);
+  EXPECT_FALSE(stream.Synchronize().ok());
+#endif
+}
+
+class EngineCudaDeathTest : public EngineCudaTest {
+ protected:
+  // In a process of its own, which it ends: with 0 if all was as it should be.
+  [[noreturn]] void FailWhileAStepWaits() {
+    const Case c = {"default", "raw", ElementType::kBFloat16, 200};
+    const auto layers = MakeLayers(c, 2);
+    EngineSequence* const sequence = MustAttach("a", c, layers);
+    std::vector<float> got;
+    EXPECT_TRUE(Append(sequence, layers[0], 0, 0).ok());
+    EXPECT_TRUE(Step(sequence, layers[0], 0, 0, &got).ok());  // all kernels are loaded
+    const DeviceBuffer rows = OnDevice(Rows(layers[0], layers[0].keys, c.prompt, c.prompt + 1));
+    const DeviceBuffer queries = OnDevice(Query(layers[0], 1));
+    const DeviceBuffer output = OnDevice(Query(layers[0], 1));
+    FailUnder(*stream_, [&] {
+      const EngineAppend append = {sequence, {rows.data(), rows.data(), 0, 0}};
+      EXPECT_TRUE(engine_->Append(0, {&append, 1}, Cuda()).ok());
+      const EngineStep step = {sequence, queries.data(), output.data(), nullptr};
+      EXPECT_TRUE(engine_->Step(0, {&step, 1}, Cuda()).ok());
+    });
+    EXPECT_EQ(ReasonOf(engine_->Wait(sequence)), v1::INTERNAL_ERROR);
+    EXPECT_EQ(ReasonOf(engine_->Wait(sequence)), v1::INTERNAL_ERROR) << "it stays";
+    const EngineStep again = {sequence, queries.data(), output.data(), nullptr};
+    EXPECT_EQ(ReasonOf(engine_->Step(0, {&again, 1}, Cuda())), v1::INTERNAL_ERROR);
+    EXPECT_EQ(ReasonOf(engine_->Close(sequence)), v1::INTERNAL_ERROR);
+    engine_.reset();
+    std::_Exit(HasFailure() ? 1 : 0);
+  }
+};
+
+TEST_F(EngineCudaDeathTest, AFailedDeviceIsATypedErrorAndNothingHangs) {
+  GTEST_FLAG_SET(death_test_style, "threadsafe");  // threads, and a driver, do not fork
+  EXPECT_EXIT(FailWhileAStepWaits(), testing::ExitedWithCode(0), "");
 }
 
 TEST_F(EngineCudaTest, DevicesThatThereAreNotAreRefused) {

@@ -145,6 +145,15 @@ for what in links faults; do
     say "engine"
     LD_LIBRARY_PATH="$programs/lib:${LD_LIBRARY_PATH:-}" timeout 120 \
       "$programs/engine_cuda_gpu_test" 2>&1 | tee "$logs/engine_cuda_gpu_test" || status=1
+    if [ "$sanitize" = 1 ] && command -v compute-sanitizer > /dev/null; then
+      say "memcheck engine"
+      LD_LIBRARY_PATH="$programs/lib:${LD_LIBRARY_PATH:-}" timeout 120 \
+        compute-sanitizer --tool memcheck --error-exitcode 9 "$programs/engine_cuda_gpu_test" \
+        --gtest_filter=-*DeathTest* > "$logs/memcheck.engine" 2>&1 || {
+        status=1
+        tail -n 25 "$logs/memcheck.engine"
+      }
+    fi
   fi
   say "$what"
   if [ "$what" = faults ]; then more=(--faults "--kills=$kills"); else more=(); fi

@@ -1,14 +1,18 @@
 #include "worker/decode_session.h"
 
-#include <grpcpp/channel.h>
+#include <grpcpp/create_channel.h>
+#include <grpcpp/support/client_interceptor.h>
 #include <gtest/gtest.h>
 
 #include <cmath>
 #include <cstdlib>
 #include <cstring>
+#include <functional>
 #include <limits>
+#include <memory>
 #include <random>
 #include <string>
+#include <utility>
 #include <vector>
 
 #include "absl/strings/str_cat.h"
@@ -136,6 +140,49 @@ std::vector<float> Floats(const std::string& bytes) {
   std::vector<float> floats(bytes.size() / sizeof(float));
   if (!floats.empty()) std::memcpy(floats.data(), bytes.data(), floats.size() * sizeof(float));
   return floats;
+}
+
+// Changes what StreamSelectAndRecall answers before the worker sees it.
+using Change = std::function<void(v1::SelectAndRecallResponse*)>;
+
+class Forger : public grpc::experimental::Interceptor {
+ public:
+  explicit Forger(const Change* change) : change_(change) {}
+  void Intercept(grpc::experimental::InterceptorBatchMethods* methods) override {
+    using Point = grpc::experimental::InterceptionHookPoints;
+    if (methods->QueryInterceptionHookPoint(Point::POST_RECV_MESSAGE) && *change_ != nullptr &&
+        methods->GetRecvMessage() != nullptr) {
+      (*change_)(static_cast<v1::SelectAndRecallResponse*>(methods->GetRecvMessage()));
+    }
+    methods->Proceed();
+  }
+
+ private:
+  const Change* const change_;
+};
+
+class ForgerFactory : public grpc::experimental::ClientInterceptorFactoryInterface {
+ public:
+  explicit ForgerFactory(const Change* change) : change_(change) {}
+  grpc::experimental::Interceptor* CreateClientInterceptor(
+      grpc::experimental::ClientRpcInfo* info) override {
+    const std::string method = info->method();
+    const bool is_it = method == "/clusterkv.v1.CacheService/StreamSelectAndRecall";
+    return new Forger(is_it ? change_ : &nothing_);
+  }
+
+ private:
+  const Change nothing_;
+  const Change* const change_;
+};
+
+// *change may be another one from step to step; it outlives the client.
+absl::StatusOr<std::unique_ptr<Client>> ConnectByForger(const Service& service,
+                                                        const Change* change) {
+  std::vector<std::unique_ptr<grpc::experimental::ClientInterceptorFactoryInterface>> factories;
+  factories.push_back(std::make_unique<ForgerFactory>(change));
+  return Client::Connect(grpc::experimental::CreateCustomChannelWithInterceptors(
+      service.target(), grpc::InsecureChannelCredentials(), {}, std::move(factories)));
 }
 
 class DecodeSessionTest : public testing::Test {
@@ -337,6 +384,71 @@ TEST_F(DecodeSessionTest, BothCodecsSelectAndAnswerAlike) {
   for (size_t i = 0; i < decoded[0].outputs.size(); ++i) {
     // Values of 4 bits alone would be up to .1 off.
     ExpectNear(decoded[1].outputs[i], decoded[0].outputs[i], 0.02f);
+  }
+}
+
+// A worker believes no answer that cannot be: it is an error, nothing is written, and the step can
+// be asked for again.
+TEST_F(DecodeSessionTest, MalformedStatesAndCorrectionsAreErrors) {
+  const float nan = std::numeric_limits<float>::quiet_NaN();
+  const float infinity = std::numeric_limits<float>::infinity();
+  const auto first_is = [](std::string* floats, float number) {
+    std::memcpy(floats->data(), &number, sizeof(number));
+  };
+  using Result = v1::SelectResult;
+  struct Case {
+    std::string codec;
+    std::function<void(Result*)> change;
+  };
+  const std::vector<Case> cases = {
+      {"k8v4", [](Result* r) { r->mutable_correction()->mutable_codes()->pop_back(); }},
+      {"k8v4", [](Result* r) { r->mutable_correction()->mutable_codes()->push_back(0); }},
+      {"k8v4", [](Result* r) { r->mutable_correction()->mutable_log_scale()->pop_back(); }},
+      {"k8v4", [](Result* r) { r->mutable_correction()->mutable_log_scale()->append(4, 0); }},
+      {"k8v4", [](Result* r) { r->mutable_correction()->clear_codes(); }},
+      {"k8v4", [](Result* r) { r->mutable_correction()->clear_log_scale(); }},
+      {"k8v4", [](Result* r) { r->clear_correction(); }},
+      {"k8v4", [&](Result* r) { first_is(r->mutable_correction()->mutable_log_scale(), nan); }},
+      {"k8v4",
+       [&](Result* r) { first_is(r->mutable_correction()->mutable_log_scale(), infinity); }},
+      {"raw", [](Result* r) { r->mutable_correction()->set_codes(std::string(4 * 32, 1)); }},
+      {"raw", [](Result* r) { r->mutable_correction()->set_log_scale(std::string(4 * 4, 0)); }},
+      {"raw", [](Result* r) { r->mutable_state()->mutable_output()->pop_back(); }},
+      {"raw", [](Result* r) { r->mutable_state()->clear_log_sum_exp(); }},
+      {"raw", [&](Result* r) { first_is(r->mutable_state()->mutable_output(), infinity); }},
+      {"raw", [&](Result* r) { first_is(r->mutable_state()->mutable_log_sum_exp(), nan); }},
+  };
+  const Service service;
+  Change change;
+  const auto client = ConnectByForger(service, &change);
+  ASSERT_TRUE(client.ok()) << client.status();
+  const auto layers = MakeLayers(500, 2);
+  for (size_t i = 0; i < cases.size(); ++i) {
+    SCOPED_TRACE(i);
+    auto request = OpenRequest(absl::StrCat("a", i), layers);
+    request.set_codec(cases[i].codec);
+    const v1::Sequence sequence = MustPrefill(client->get(), request, layers);
+    const auto session = Attach(client->get(), sequence, Options(256));
+    const auto undisturbed = Attach(client->get(), sequence, Options(256));
+    ASSERT_TRUE(session != nullptr && undisturbed != nullptr);
+    for (int64_t step = 0; step < 2; ++step) {
+      const std::vector<float> poison(4 * 32, -7.0f);
+      std::vector<float> want = poison, got = poison;
+      const auto query = Query(layers[0], step);
+      ASSERT_TRUE(undisturbed->Step(0, query, absl::MakeSpan(want), nullptr).ok());
+      change = [&](v1::SelectAndRecallResponse* response) {
+        for (Result& result : *response->mutable_selection()->mutable_results()) {
+          cases[i].change(&result);
+        }
+      };
+      const absl::Status refused = session->Step(0, query, absl::MakeSpan(got), nullptr);
+      EXPECT_EQ(ReasonOf(refused), v1::INTERNAL_ERROR) << refused;
+      EXPECT_EQ(got, poison);
+      change = nullptr;
+      const absl::Status taken = session->Step(0, query, absl::MakeSpan(got), nullptr);
+      ASSERT_TRUE(taken.ok()) << taken;
+      EXPECT_EQ(got, want);
+    }
   }
 }
 

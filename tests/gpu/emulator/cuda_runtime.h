@@ -9,7 +9,7 @@
 // about speed, memory ordering between blocks, alignment faults or bank conflicts.
 //
 // Launches from several threads run one after the other. Streams and events do nothing: all is done
-// when its call returns.
+// when its call returns, or never, once a test has let the device fail (cuda_emulator::Fail).
 #ifndef CLUSTERKV_TESTS_GPU_EMULATOR_CUDA_RUNTIME_H_
 #define CLUSTERKV_TESTS_GPU_EMULATOR_CUDA_RUNTIME_H_
 
@@ -67,6 +67,7 @@ enum cudaError_t {
   cudaErrorInsufficientDriver = 35,
   cudaErrorNoDevice = 100,
   cudaErrorInvalidDevice = 101,
+  cudaErrorLaunchFailure = 719,
   cudaErrorNotReady = 600,
   cudaErrorNotSupported = 801
 };
@@ -79,6 +80,27 @@ enum cudaMemcpyKind {
   cudaMemcpyDefault
 };
 
+namespace cuda_emulator {
+
+// Lets the device fail for good, as a fault in a kernel does. What is queued from now on is taken
+// and never done, until a call looks at what was done: that one and all later ones return the
+// error.
+void Fail();
+// For calls that queue work: false if it is not to be done; *error is what the call returns.
+bool Queue(cudaError_t* error);
+// For calls that look at work.
+cudaError_t Look();
+
+// Does f, as work that is queued.
+template <typename F>
+cudaError_t Queued(F f) {
+  cudaError_t error = cudaSuccess;
+  if (Queue(&error)) f();
+  return error;
+}
+
+}  // namespace cuda_emulator
+
 inline const char* cudaGetErrorString(cudaError_t e) {
   return e == cudaSuccess ? "no error" : "error";
 }
@@ -86,6 +108,8 @@ inline cudaError_t cudaGetLastError() { return cudaSuccess; }
 inline cudaError_t cudaPeekAtLastError() { return cudaSuccess; }
 template <typename T>
 cudaError_t cudaMalloc(T** p, size_t bytes) {
+  *p = nullptr;
+  if (const cudaError_t error = cuda_emulator::Look(); error != cudaSuccess) return error;
   *p = static_cast<T*>(std::aligned_alloc(512, (bytes + 511) / 512 * 512 + 512));
   return *p ? cudaSuccess : cudaErrorMemoryAllocation;
 }
@@ -93,35 +117,38 @@ inline cudaError_t cudaFree(void* p) {
   std::free(p);
   return cudaSuccess;
 }
-inline cudaError_t cudaMemcpy(void* to, const void* from, size_t n, cudaMemcpyKind) {
-  if (n) std::memcpy(to, from, n);
-  return cudaSuccess;
-}
-inline cudaError_t cudaMemcpyAsync(void* to, const void* from, size_t n, cudaMemcpyKind k,
+inline cudaError_t cudaMemcpyAsync(void* to, const void* from, size_t n, cudaMemcpyKind,
                                    cudaStream_t = nullptr) {
-  return cudaMemcpy(to, from, n, k);
+  return cuda_emulator::Queued([=] {
+    if (n) std::memcpy(to, from, n);
+  });
+}
+inline cudaError_t cudaMemcpy(void* to, const void* from, size_t n, cudaMemcpyKind k) {
+  const cudaError_t error = cudaMemcpyAsync(to, from, n, k);
+  return error == cudaSuccess ? cuda_emulator::Look() : error;
 }
 inline cudaError_t cudaMemcpy2DAsync(void* to, size_t to_pitch, const void* from, size_t from_pitch,
                                      size_t width, size_t height, cudaMemcpyKind,
                                      cudaStream_t = nullptr) {
   if (to_pitch < width || from_pitch < width) return cudaErrorInvalidValue;
-  for (size_t i = 0; i < height; ++i) {
-    std::memcpy(static_cast<char*>(to) + i * to_pitch,
-                static_cast<const char*>(from) + i * from_pitch, width);
-  }
-  return cudaSuccess;
+  return cuda_emulator::Queued([=] {
+    for (size_t i = 0; i < height; ++i) {
+      std::memcpy(static_cast<char*>(to) + i * to_pitch,
+                  static_cast<const char*>(from) + i * from_pitch, width);
+    }
+  });
 }
 inline cudaError_t cudaLaunchHostFunc(cudaStream_t, void (*f)(void*), void* data) {
-  f(data);
-  return cudaSuccess;
+  return cuda_emulator::Queued([=] { f(data); });
 }
 inline cudaError_t cudaMemsetAsync(void* to, int v, size_t n, cudaStream_t = nullptr) {
-  if (n) std::memset(to, v, n);
-  return cudaSuccess;
+  return cuda_emulator::Queued([=] {
+    if (n) std::memset(to, v, n);
+  });
 }
 inline cudaError_t cudaMemset(void* to, int v, size_t n) { return cudaMemsetAsync(to, v, n); }
-inline cudaError_t cudaStreamSynchronize(cudaStream_t) { return cudaSuccess; }
-inline cudaError_t cudaDeviceSynchronize() { return cudaSuccess; }
+inline cudaError_t cudaStreamSynchronize(cudaStream_t) { return cuda_emulator::Look(); }
+inline cudaError_t cudaDeviceSynchronize() { return cuda_emulator::Look(); }
 
 constexpr unsigned cudaStreamNonBlocking = 1, cudaEventDefault = 0, cudaEventDisableTiming = 2,
                    cudaHostAllocPortable = 1;
@@ -143,7 +170,7 @@ inline cudaError_t cudaStreamCreateWithPriority(cudaStream_t* stream, unsigned, 
   return cudaSuccess;
 }
 inline cudaError_t cudaStreamDestroy(cudaStream_t) { return cudaSuccess; }
-inline cudaError_t cudaStreamQuery(cudaStream_t) { return cudaSuccess; }
+inline cudaError_t cudaStreamQuery(cudaStream_t) { return cuda_emulator::Look(); }
 inline cudaError_t cudaStreamWaitEvent(cudaStream_t, cudaEvent_t, unsigned) { return cudaSuccess; }
 inline cudaError_t cudaEventCreateWithFlags(cudaEvent_t* event, unsigned) {
   *event = reinterpret_cast<cudaEvent_t>(uintptr_t{1});
@@ -151,8 +178,8 @@ inline cudaError_t cudaEventCreateWithFlags(cudaEvent_t* event, unsigned) {
 }
 inline cudaError_t cudaEventDestroy(cudaEvent_t) { return cudaSuccess; }
 inline cudaError_t cudaEventRecord(cudaEvent_t, cudaStream_t) { return cudaSuccess; }
-inline cudaError_t cudaEventQuery(cudaEvent_t) { return cudaSuccess; }
-inline cudaError_t cudaEventSynchronize(cudaEvent_t) { return cudaSuccess; }
+inline cudaError_t cudaEventQuery(cudaEvent_t) { return cuda_emulator::Look(); }
+inline cudaError_t cudaEventSynchronize(cudaEvent_t) { return cuda_emulator::Look(); }
 inline cudaError_t cudaEventElapsedTime(float* ms, cudaEvent_t, cudaEvent_t) {
   *ms = 0;
   return cudaSuccess;
@@ -203,8 +230,8 @@ void Exchange(uint32_t mask, const uint32_t* words, int count, uint32_t (*out)[8
               CKV_EMULATOR_SITE);
 // Lets others run until *word is no longer what it is.
 void WaitForChange(const uint64_t* word);
-void Launch(dim3 grid, dim3 block, size_t shared_bytes, int cluster,
-            const std::function<void()>& body);
+cudaError_t Launch(dim3 grid, dim3 block, size_t shared_bytes, int cluster,
+                   const std::function<void()>& body);
 
 }  // namespace cuda_emulator
 

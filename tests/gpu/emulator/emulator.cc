@@ -1,4 +1,5 @@
 
+#include <atomic>
 #include <cstdio>
 #include <map>
 #include <memory>
@@ -61,6 +62,9 @@ Fiber* running = nullptr;
 void* scheduler_stack_pointer = nullptr;
 const std::function<void()>* kernel = nullptr;
 uint64_t launches = 0;
+
+enum class Health { kWell, kFailed, kKnownToHaveFailed };
+std::atomic<Health> health{Health::kWell};
 
 extern "C" void ckv_emulator_switch(void** save, void* load);
 asm(R"(
@@ -249,8 +253,24 @@ void WaitForChange(const uint64_t* word) {
   Yield();
 }
 
-void Launch(dim3 grid, dim3 block, size_t shared_bytes, int cluster,
-            const std::function<void()>& body) {
+void Fail() { health = Health::kFailed; }
+
+bool Queue(cudaError_t* error) {
+  const Health now = health;
+  *error = now == Health::kKnownToHaveFailed ? cudaErrorLaunchFailure : cudaSuccess;
+  return now == Health::kWell;
+}
+
+cudaError_t Look() {
+  if (health == Health::kWell) return cudaSuccess;
+  health = Health::kKnownToHaveFailed;
+  return cudaErrorLaunchFailure;
+}
+
+cudaError_t Launch(dim3 grid, dim3 block, size_t shared_bytes, int cluster,
+                   const std::function<void()>& body) {
+  cudaError_t error = cudaSuccess;
+  if (!Queue(&error)) return error;
   static std::mutex one_at_a_time;
   const std::lock_guard<std::mutex> lock(one_at_a_time);
   kernel = &body;
@@ -260,6 +280,7 @@ void Launch(dim3 grid, dim3 block, size_t shared_bytes, int cluster,
   const int total = static_cast<int>(grid.x * grid.y * grid.z);
   for (int b = 0; b < total; b += cluster) RunCluster(grid, block, shared_bytes, b, cluster);
   ++launches;
+  return cudaSuccess;
 }
 
 }  // namespace cuda_emulator
