@@ -5,6 +5,7 @@
 
 #include "absl/strings/str_cat.h"
 #include "cache_service/errors.h"
+#include "cache_service/resident_groups.h"
 #include "cache_service/sequence_store.h"
 #include "cache_service/sessions.h"
 #include "kernels/base/check.h"
@@ -197,7 +198,18 @@ Attachment::Attachment(uint64_t id, SequenceRef sequence, SequenceParams params,
   this->sequence->attachments.fetch_add(1);
 }
 
-Attachment::~Attachment() { sequence->attachments.fetch_sub(1); }
+Attachment::~Attachment() {
+  SetResident(nullptr);
+  sequence->attachments.fetch_sub(1);
+}
+
+void Attachment::SetResident(std::shared_ptr<ResidentGroup> group) {
+  {
+    absl::MutexLock lock(&link_mutex);
+    resident_group.swap(group);
+  }
+  if (group != nullptr) group->End();
+}
 
 // --- Attachments
 
@@ -276,19 +288,22 @@ int64_t Attachments::size() const {
   return static_cast<int64_t>(attachments_.size());
 }
 
-int64_t Attachments::by_link(v1::Link link) const {
+int64_t Attachments::CountIf(const std::function<bool(const Attachment&)>& counts) const {
   absl::MutexLock lock(&mutex_);
-  return std::count_if(attachments_.begin(), attachments_.end(), [link](const auto& entry) {
-    const std::shared_ptr<RecordLink> standing = entry.second->CurrentLink().link;
+  return std::count_if(attachments_.begin(), attachments_.end(),
+                       [&counts](const auto& entry) { return counts(*entry.second); });
+}
+
+int64_t Attachments::by_link(v1::Link link) const {
+  return CountIf([link](const Attachment& attachment) {
+    const std::shared_ptr<RecordLink> standing = attachment.CurrentLink().link;
     const bool ready = standing != nullptr && standing->ready();
     return (ready ? standing->kind() : v1::LINK_GRPC) == link;
   });
 }
 
 int64_t Attachments::of_sessions() const {
-  absl::MutexLock lock(&mutex_);
-  return std::count_if(attachments_.begin(), attachments_.end(),
-                       [](const auto& entry) { return entry.second->session_id != 0; });
+  return CountIf([](const Attachment& attachment) { return attachment.session_id != 0; });
 }
 
 }  // namespace clusterkv::cache_service

@@ -83,6 +83,8 @@ class LayerResidency {
   int64_t bytes_ ABSL_GUARDED_BY(mutex_) = 0;
 };
 
+class ResidentGroup;
+
 struct Attachment {
   Attachment(uint64_t id, SequenceRef sequence, SequenceParams params,
              const kernels::HotCacheParams& hot_cache, uint64_t session_id,
@@ -107,8 +109,15 @@ struct Attachment {
     absl::MutexLock lock(&link_mutex);
     return link_in_use;
   }
+  // The group that it is a member of; null: none. One that it leaves has ended when this returns.
+  void SetResident(std::shared_ptr<ResidentGroup> group);
+  std::shared_ptr<ResidentGroup> resident() const {
+    absl::MutexLock lock(&link_mutex);
+    return resident_group;
+  }
   mutable absl::Mutex link_mutex;
   LinkInUse link_in_use ABSL_GUARDED_BY(link_mutex);
+  std::shared_ptr<ResidentGroup> resident_group ABSL_GUARDED_BY(link_mutex);
   std::vector<std::unique_ptr<LayerResidency>> layers;  // [layers]
 };
 
@@ -134,6 +143,7 @@ class Attachments {
   int64_t size() const;
   int64_t of_sessions() const;           // those that end with a session
   int64_t by_link(v1::Link link) const;  // those whose records travel by it now
+  int64_t CountIf(const std::function<bool(const Attachment&)>& counts) const;
 
  private:
   std::vector<std::shared_ptr<Attachment>> TakeIf(

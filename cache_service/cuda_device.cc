@@ -15,6 +15,8 @@
 #include "absl/strings/str_cat.h"
 #include "absl/synchronization/mutex.h"
 #include "cache_service/cuda_links.h"
+#include "cache_service/cuda_resident.h"
+#include "cache_service/errors.h"
 #include "cache_service/range_allocator.h"
 #include "kernels/base/check.h"
 #include "kernels/base/status_macros.h"
@@ -23,6 +25,7 @@
 #include "kernels/index/index_cuda.h"
 #include "kernels/index/index_view_cuda.h"
 #include "kernels/runtime/device.h"
+#include "kernels/select/resident_clusters.h"
 #include "kernels/select/select_cuda.h"
 
 namespace clusterkv::cache_service {
@@ -203,12 +206,59 @@ struct CudaPart : CudaPartBase {
 constexpr int kMaxLinks = 64;
 constexpr int64_t kMaxMessageBytes = 64 << 20;
 
+// The resident kernels of a device, and how many multiprocessors they may have.
+//
+// Thread-safe. Calls that wait for the whole device are made while all are stopped (Pause).
+class Residents {
+ public:
+  // Stops all while it lives, but what failed.
+  class Pause {
+   public:
+    explicit Pause(Residents* residents);
+    ~Pause();
+    Pause(const Pause&) = delete;
+    Pause& operator=(const Pause&) = delete;
+
+   private:
+    Residents& residents_;
+  };
+
+  // With a Pause: adds a stopped one, takes one out.
+  void Add(CudaResident* resident) ABSL_NO_THREAD_SAFETY_ANALYSIS { all_.push_back(resident); }
+  void Remove(CudaResident* resident) ABSL_NO_THREAD_SAFETY_ANALYSIS {
+    all_.erase(std::remove(all_.begin(), all_.end(), resident), all_.end());
+  }
+  // With a Pause: what a new one may have. Three quarters of the multiprocessors for all together,
+  // half of them for one; selects, builds and links keep the rest.
+  int FreeBlocks(int multiprocessors) const ABSL_NO_THREAD_SAFETY_ANALYSIS {
+    int taken = 0;
+    for (const CudaResident* resident : all_) taken += resident->blocks();
+    return std::min(multiprocessors / 2, multiprocessors * 3 / 4 - taken);
+  }
+
+ private:
+  absl::Mutex mutex_;  // held by a Pause
+  std::vector<CudaResident*> all_ ABSL_GUARDED_BY(mutex_);
+};
+
+Residents::Pause::Pause(Residents* residents) ABSL_NO_THREAD_SAFETY_ANALYSIS
+    : residents_(*residents) {
+  residents_.mutex_.Lock();
+  for (CudaResident* resident : residents_.all_) resident->Stop().IgnoreError();
+}
+
+Residents::Pause::~Pause() ABSL_NO_THREAD_SAFETY_ANALYSIS {
+  for (CudaResident* resident : residents_.all_) resident->Start().IgnoreError();
+  residents_.mutex_.Unlock();
+}
+
 // Counts a link of the device while it lives.
 class CountedLink : public RecordLink {
  public:
-  CountedLink(std::unique_ptr<RecordLink> link, std::atomic<int>* links)
-      : link_(std::move(link)), links_(*links) {}
+  CountedLink(std::unique_ptr<RecordLink> link, std::atomic<int>* links, Residents* residents)
+      : link_(std::move(link)), links_(*links), residents_(*residents) {}
   ~CountedLink() override {
+    const Residents::Pause pause(&residents_);
     link_.reset();
     links_.fetch_sub(1);
   }
@@ -222,6 +272,7 @@ class CountedLink : public RecordLink {
  private:
   std::unique_ptr<RecordLink> link_;
   std::atomic<int>& links_;
+  Residents& residents_;
 };
 
 class CudaDevice : public ShardDevice {
@@ -242,6 +293,11 @@ class CudaDevice : public ShardDevice {
   std::string WhyNoLink(v1::Link kind) const override;
   absl::StatusOr<std::unique_ptr<RecordLink>> Connect(const LinkSetup& setup,
                                                       std::string* unique_id) override;
+  absl::StatusOr<std::unique_ptr<DeviceResident>> StartResident(
+      const ResidentSetup& setup, absl::Span<const DeviceSelectItem> items) override;
+  // What a resident kernel answers these items from. The items live until it is filled.
+  ResidentInput ResidentInputOf(absl::Span<const DeviceSelectItem> items) const;
+  Residents& residents() { return residents_; }
 
   void FreeList(int64_t begin, int64_t bytes) {
     absl::MutexLock lock(&lists_mutex_);
@@ -275,6 +331,7 @@ class CudaDevice : public ShardDevice {
   const std::string name_;
   std::atomic<bool> healthy_{true};
   std::atomic<int> links_{0};
+  Residents residents_;
   const Arena* host_ = nullptr;
   DeviceBuffer arena_;
   DeviceBuffer lists_;  // page numbers of all parts
@@ -658,7 +715,9 @@ void FillInput(const BatchLayout& layout, absl::Span<DeviceSelectItem* const> it
     }
     const int64_t head_floats = item.shape.group() * item.shape.head_dim;
     const int64_t head_bytes = item.shape.head_dim * kernels::ElementBytes(item.shape.element_type);
-    std::memcpy(host + query_at, item.queries.data(), item.queries.size() * sizeof(float));
+    if (!item.queries.empty()) {  // a resident kernel's come later
+      std::memcpy(host + query_at, item.queries.data(), item.queries.size() * sizeof(float));
+    }
     for (int64_t head = 0; head < item.shape.kv_heads; ++head, ++pair) {
       *pair = SelectCudaPair();
       pair->parts = parts;
@@ -778,6 +837,7 @@ absl::StatusOr<std::unique_ptr<RecordLink>> CudaDevice::Connect(const LinkSetup&
     links_.fetch_sub(1);
     return absl::ResourceExhaustedError(absl::StrCat("links: at most ", kMaxLinks));
   }
+  const Residents::Pause pause(&residents_);
   absl::StatusOr<std::unique_ptr<RecordLink>> link =
       setup.kind == v1::LINK_PEER ? ConnectPeerLink(ordinal_, setup)
                                   : ConnectNcclLink(ordinal_, setup, unique_id);
@@ -785,7 +845,80 @@ absl::StatusOr<std::unique_ptr<RecordLink>> CudaDevice::Connect(const LinkSetup&
     links_.fetch_sub(1);
     return link.status();
   }
-  return std::unique_ptr<RecordLink>(std::make_unique<CountedLink>(*std::move(link), &links_));
+  return std::unique_ptr<RecordLink>(
+      std::make_unique<CountedLink>(*std::move(link), &links_, &residents_));
+}
+
+// --- resident kernels
+
+// One of the device's, stopped and taken out when it dies.
+class ListedResident : public DeviceResident {
+ public:
+  ListedResident(std::unique_ptr<CudaResident> resident, CudaDevice* device)
+      : resident_(std::move(resident)), device_(*device) {}
+  ~ListedResident() override {
+    const Residents::Pause pause(&device_.residents());
+    device_.residents().Remove(resident_.get());
+    resident_.reset();
+  }
+  const v1::PeerWindow& requests() const override { return resident_->requests(); }
+  absl::Status Change(absl::Span<const DeviceSelectItem> items, uint64_t rounds) override {
+    const Residents::Pause pause(&device_.residents());
+    if (resident_->rounds() != rounds) {
+      return absl::FailedPreconditionError(
+          absl::StrCat("rounds: expected ", resident_->rounds(), ", got ", rounds));
+    }
+    return resident_->SetInput(device_.ResidentInputOf(items));
+  }
+
+ private:
+  std::unique_ptr<CudaResident> resident_;
+  CudaDevice& device_;
+};
+
+ResidentInput CudaDevice::ResidentInputOf(absl::Span<const DeviceSelectItem> items) const {
+  auto copies = std::make_shared<std::vector<DeviceSelectItem>>(items.begin(), items.end());
+  std::vector<DeviceSelectItem*> batch;
+  for (DeviceSelectItem& item : *copies) batch.push_back(&item);
+  ResidentInput input;
+  input.select = ParamsOf(batch);
+  const BatchLayout layout(input.select, batch);
+  input.bytes = layout.input_bytes;
+  input.pairs_at = layout.pair_array;
+  input.fill = [this, copies, batch, layout](std::byte* host, std::byte* device) {
+    std::vector<const unsigned char*> sinks;
+    for (const DeviceSelectItem* item : batch) sinks.push_back(SinkKeys(*item));
+    FillInput(layout, batch, sinks, host, device);
+  };
+  return input;
+}
+
+absl::StatusOr<std::unique_ptr<DeviceResident>> CudaDevice::StartResident(
+    const ResidentSetup& setup, absl::Span<const DeviceSelectItem> items) {
+  const ScopedDevice scoped(ordinal_);
+  if (!healthy()) return absl::UnavailableError("resident: this server's GPU device failed");
+  const DeviceSelectItem& first = items.front();
+  kernels::ResidentShape shape;
+  shape.layers = static_cast<int32_t>(setup.layers);
+  shape.pairs = static_cast<int32_t>(static_cast<int64_t>(items.size()) / setup.layers *
+                                     first.shape.kv_heads);
+  shape.group = static_cast<int32_t>(first.shape.group());
+  shape.head_dim = static_cast<int32_t>(first.shape.head_dim);
+  shape.query_type = shape.element_type = first.shape.element_type;
+  shape.max_exact = static_cast<int32_t>(setup.max_exact);
+  shape.slots = static_cast<int32_t>(setup.slots);
+  const Residents::Pause pause(&residents_);
+  const int blocks = residents_.FreeBlocks(kernels::ReadLimits().multiprocessors);
+  if (blocks < 1) {
+    return absl::ResourceExhaustedError("resident: other groups have all multiprocessors for it");
+  }
+  CKV_ASSIGN_OR_RETURN(std::unique_ptr<CudaResident> resident,
+                       CudaResident::Create(ordinal_, shape, setup, blocks));
+  CKV_RETURN_IF_ERROR(resident->SetInput(ResidentInputOf(items)));
+  CKV_RETURN_IF_ERROR(resident->Start());
+  residents_.Add(resident.get());
+  return std::unique_ptr<DeviceResident>(
+      std::make_unique<ListedResident>(std::move(resident), this));
 }
 
 }  // namespace

@@ -3,6 +3,7 @@
 
 #include <csignal>
 #include <cstdio>
+#include <cstdlib>
 #include <memory>
 #include <string>
 #include <utility>
@@ -110,5 +111,7 @@ int Main(const std::vector<std::string>& arguments) {
 
 int main(int argc, char** argv) {
   clusterkv::cache_service::KeepBuffers();
+  // A kernel that is loaded when it is first called waits for all that run: for resident ones long.
+  setenv("CUDA_MODULE_LOADING", "EAGER", /*overwrite=*/0);
   return clusterkv::cache_service::Main(std::vector<std::string>(argv + 1, argv + argc));
 }

@@ -96,6 +96,22 @@ absl::Status KernelStatus(const absl::Status& status) {
 
 }  // namespace
 
+DeviceSelectItem DeviceItemOf(const LayerSnapshot& layer, const SequenceParams& params,
+                              const kernels::SelectParams& select) {
+  DeviceSelectItem item;
+  item.shape = params.shape;
+  item.codes = params.index.codes;
+  item.select = select;
+  for (const auto& part : layer.parts) item.parts.push_back(part->device_part());
+  item.first_cluster = layer.first_cluster;
+  item.clustered_tokens = layer.window_begin - layer.sink_tokens;
+  if (layer.sinks != nullptr) {
+    item.sink_tokens = layer.sink_tokens;
+    item.sink_keys = layer.sinks->Keys(layer.sink_tokens);
+  }
+  return item;
+}
+
 struct Selector::Item {
   SelectCall call;
   SelectAnswer* answer = nullptr;
@@ -351,20 +367,9 @@ void Selector::RunOnDevice(const std::shared_ptr<Batch>& batch, const std::vecto
       Finish(batch, *item, std::move(status));
       continue;
     }
-    const LayerSnapshot& layer = *item->snapshot;
-    const SequenceParams& params = item->sequence->params();
     asked.push_back(item);
-    DeviceSelectItem& device_item = device_items.emplace_back();
-    device_item.shape = params.shape;
-    device_item.codes = params.index.codes;
-    device_item.select = item->select;
-    for (const auto& part : layer.parts) device_item.parts.push_back(part->device_part());
-    device_item.first_cluster = layer.first_cluster;
-    device_item.clustered_tokens = layer.window_begin - layer.sink_tokens;
-    if (layer.sinks != nullptr) {
-      device_item.sink_tokens = layer.sink_tokens;
-      device_item.sink_keys = layer.sinks->Keys(layer.sink_tokens);
-    }
+    DeviceSelectItem& device_item = device_items.emplace_back(
+        DeviceItemOf(*item->snapshot, item->sequence->params(), item->select));
     device_item.queries = item->call.queries;
     device_item.heads = item->answer->heads.data();
   }

@@ -24,6 +24,11 @@
 
 namespace clusterkv::cache_service {
 
+// What the device is asked about a layer; the caller adds queries and where the answer goes. Valid
+// while the layer lives. REQUIRES: all its parts are on the device.
+DeviceSelectItem DeviceItemOf(const LayerSnapshot& layer, const SequenceParams& params,
+                              const kernels::SelectParams& select);
+
 class Selector {
  public:
   // Everything outlives the selector, and the selector what it was asked.

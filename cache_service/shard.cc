@@ -14,6 +14,7 @@
 #include "cache_service/executors.h"
 #include "cache_service/ledger_check.h"
 #include "cache_service/recall.h"
+#include "cache_service/resident_groups.h"
 #include "cache_service/selector.h"
 #include "cache_service/sequence_store.h"
 #include "cache_service/sessions.h"
@@ -73,6 +74,7 @@ class ShardImpl : public Shard {
         executors_(std::move(executors)),
         sessions_(options.session_ttl),
         attachments_(options.max_attachments, options.residency_bytes, options.attachment_ttl),
+        residents_(device_.get(), &attachments_),
         store_(options, boot_id_, arena_.get(), executors_.get(), device_.get(), &counters_,
                &calls_,
                [this](const std::shared_ptr<Sequence>& sequence, Notice::Kind kind) {
@@ -192,6 +194,21 @@ class ShardImpl : public Shard {
 
   absl::StatusOr<v1::ConnectLinkResponse> ConnectLink(
       const v1::ConnectLinkRequest& request) override;
+
+  absl::StatusOr<v1::ConnectResidentResponse> ConnectResident(
+      const v1::ConnectResidentRequest& request) override {
+    CKV_ASSIGN_OR_RETURN(v1::ConnectResidentResponse response,
+                         residents_.Connect(request, WhyNoLink(v1::LINK_PEER, request.host())));
+    if (response.resident_id() == 0) counters_.link_fallbacks.fetch_add(1);
+    return response;
+  }
+
+  absl::StatusOr<v1::RenewResidentResponse> RenewResident(
+      const v1::RenewResidentRequest& request) override {
+    return residents_.Renew(request);
+  }
+
+  void DisconnectResident(uint64_t resident_id) override { residents_.Disconnect(resident_id); }
 
   absl::Status Detach(uint64_t attachment_id) override {
     return attachments_.Detach(attachment_id);
@@ -341,6 +358,7 @@ class ShardImpl : public Shard {
   std::unique_ptr<Executors> executors_;
   Sessions sessions_;
   Attachments attachments_;
+  ResidentGroups residents_;
   SequenceStore store_;
   Selector selector_;
   std::unique_ptr<Ticker> ticker_;
@@ -491,6 +509,9 @@ v1::Stats ShardImpl::GetStats() {
     const auto count = static_cast<uint32_t>(attachments_.by_link(link));
     (*stats.mutable_attachments_by_link())[LinkName(link)] = count;
     if (link != v1::LINK_GRPC) stats.set_links(stats.links() + count);
+  }
+  if (const auto residents = static_cast<uint32_t>(residents_.attachments()); residents > 0) {
+    (*stats.mutable_attachments_by_link())["resident"] = residents;
   }
   const bool failed = device_ != nullptr && !device_->healthy();
   stats.set_device(device_name() + (failed ? " failed" : ""));

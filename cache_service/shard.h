@@ -168,6 +168,14 @@ class Shard {
   // milliseconds that mapping memory takes. Errors: ATTACHMENT_NOT_FOUND, INVALID_FIELD.
   virtual absl::StatusOr<v1::ConnectLinkResponse> ConnectLink(
       const v1::ConnectLinkRequest& request) = 0;
+  // As ConnectLink: a group that cannot be had is no error. They may take the milliseconds that
+  // mapping memory takes, and those of stopping and starting kernels. Errors: ATTACHMENT_NOT_FOUND,
+  // INVALID_FIELD.
+  virtual absl::StatusOr<v1::ConnectResidentResponse> ConnectResident(
+      const v1::ConnectResidentRequest& request) = 0;
+  virtual absl::StatusOr<v1::RenewResidentResponse> RenewResident(
+      const v1::RenewResidentRequest& request) = 0;
+  virtual void DisconnectResident(uint64_t resident_id) = 0;
   virtual absl::Status Detach(uint64_t attachment_id) = 0;
   // All items on the select executor, as one piece of work per (item, KV head). With `inline_ok`
   // and an idle executor the calling thread may do it itself. `done` is called exactly once.

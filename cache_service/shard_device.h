@@ -89,6 +89,27 @@ struct LinkSetup {
   int64_t max_message_bytes = 0;  // most that one Send sends
 };
 
+// A kernel that answers a batch's steps by itself (kernels/resident/resident_cuda.h).
+//
+// Thread-safe. When it dies it has ended, and nothing that it was handed is used any more. What its
+// items name lives until then or until the next Change.
+class DeviceResident {
+ public:
+  virtual ~DeviceResident() = default;
+  // Where the worker writes its queries; handle and bytes.
+  virtual const v1::PeerWindow& requests() const = 0;
+  // Goes on with other items, of the same number and layout. `rounds`: what the worker asked for so
+  // far. Errors: FailedPrecondition when that is not what was answered, and nothing changed;
+  // others: it has ended.
+  virtual absl::Status Change(absl::Span<const DeviceSelectItem> items, uint64_t rounds) = 0;
+};
+
+struct ResidentSetup {
+  int64_t layers = 0;
+  v1::PeerWindow window;  // the worker's
+  int64_t slots = 0, max_exact = 0;
+};
+
 class ShardDevice {
  public:
   virtual ~ShardDevice() = default;
@@ -126,6 +147,13 @@ class ShardDevice {
   // memory or too many links; Unavailable.
   virtual absl::StatusOr<std::unique_ptr<RecordLink>> Connect(const LinkSetup& setup,
                                                               std::string* unique_id) = 0;
+
+  // Starts a kernel for items [layers, sequences], all of one shape, codes and selection, with no
+  // queries and no heads. The device outlives it. Errors: INVALID_FIELD for the setup;
+  // Unavailable for items that the kernel does not take; ResourceExhausted for memory or
+  // multiprocessors.
+  virtual absl::StatusOr<std::unique_ptr<DeviceResident>> StartResident(
+      const ResidentSetup& setup, absl::Span<const DeviceSelectItem> items) = 0;
 };
 
 // "cpu", "cuda", "cuda:N".

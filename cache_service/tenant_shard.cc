@@ -184,6 +184,25 @@ class TenantShard : public Shard {
     own.set_attachment_id(ids_.Read(request.attachment_id()));
     return Cleaned(shard_.ConnectLink(own));
   }
+  absl::StatusOr<v1::ConnectResidentResponse> ConnectResident(
+      const v1::ConnectResidentRequest& request) override {
+    v1::ConnectResidentRequest own = request;
+    for (uint64_t& id : *own.mutable_attachment_ids()) id = ids_.Read(id);
+    absl::StatusOr<v1::ConnectResidentResponse> response = Cleaned(shard_.ConnectResident(own));
+    if (response.ok() && response->resident_id() != 0) {
+      response->set_resident_id(ids_.Show(response->resident_id()));
+    }
+    return response;
+  }
+  absl::StatusOr<v1::RenewResidentResponse> RenewResident(
+      const v1::RenewResidentRequest& request) override {
+    v1::RenewResidentRequest own = request;
+    own.set_resident_id(ids_.Read(request.resident_id()));
+    return Cleaned(shard_.RenewResident(own));
+  }
+  void DisconnectResident(uint64_t resident_id) override {
+    shard_.DisconnectResident(ids_.Read(resident_id));
+  }
   absl::Status Detach(uint64_t attachment_id) override {
     return Clean(shard_.Detach(ids_.Read(attachment_id)));
   }

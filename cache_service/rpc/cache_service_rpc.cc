@@ -192,6 +192,35 @@ grpc::ServerUnaryReactor* CacheServiceRpc::ConnectLink(grpc::CallbackServerConte
   });
 }
 
+grpc::ServerUnaryReactor* CacheServiceRpc::ConnectResident(
+    grpc::CallbackServerContext* context, const v1::ConnectResidentRequest* request,
+    v1::ConnectResidentResponse* response) {
+  return AnswerNow(rpc_, Method::kConnectResident, context,
+                   [&](const Caller& caller) -> absl::Status {
+                     CKV_RETURN_IF_ERROR(Encode(caller.shard->ConnectResident(*request), response));
+                     if (!response->reason().empty())
+                       rpc_.metrics->CountLinkFallback(response->reason());
+                     return absl::OkStatus();
+                   });
+}
+
+grpc::ServerUnaryReactor* CacheServiceRpc::RenewResident(grpc::CallbackServerContext* context,
+                                                         const v1::RenewResidentRequest* request,
+                                                         v1::RenewResidentResponse* response) {
+  return AnswerNow(rpc_, Method::kRenewResident, context, [&](const Caller& caller) {
+    return Encode(caller.shard->RenewResident(*request), response);
+  });
+}
+
+grpc::ServerUnaryReactor* CacheServiceRpc::DisconnectResident(
+    grpc::CallbackServerContext* context, const v1::DisconnectResidentRequest* request,
+    v1::DisconnectResidentResponse*) {
+  return AnswerNow(rpc_, Method::kDisconnectResident, context, [&](const Caller& caller) {
+    caller.shard->DisconnectResident(request->resident_id());
+    return absl::OkStatus();
+  });
+}
+
 grpc::ServerUnaryReactor* CacheServiceRpc::Detach(grpc::CallbackServerContext* context,
                                                   const v1::DetachRequest* request,
                                                   v1::DetachResponse*) {

@@ -40,6 +40,15 @@ class CacheServiceRpc final : public v1::CacheService::CallbackService {
                                    v1::AttachResponse*) override;
   grpc::ServerUnaryReactor* ConnectLink(grpc::CallbackServerContext*, const v1::ConnectLinkRequest*,
                                         v1::ConnectLinkResponse*) override;
+  grpc::ServerUnaryReactor* ConnectResident(grpc::CallbackServerContext*,
+                                            const v1::ConnectResidentRequest*,
+                                            v1::ConnectResidentResponse*) override;
+  grpc::ServerUnaryReactor* RenewResident(grpc::CallbackServerContext*,
+                                          const v1::RenewResidentRequest*,
+                                          v1::RenewResidentResponse*) override;
+  grpc::ServerUnaryReactor* DisconnectResident(grpc::CallbackServerContext*,
+                                               const v1::DisconnectResidentRequest*,
+                                               v1::DisconnectResidentResponse*) override;
   grpc::ServerUnaryReactor* Detach(grpc::CallbackServerContext*, const v1::DetachRequest*,
                                    v1::DetachResponse*) override;
   grpc::ServerUnaryReactor* AppendKv(grpc::CallbackServerContext*, const v1::AppendKvRequest*,

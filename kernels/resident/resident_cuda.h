@@ -56,6 +56,9 @@ int64_t RequestWindowBytes(const ResidentShape& shape);  // on the service's GPU
 int64_t ReplyWindowBytes(const ResidentShape& shape);    // on the decode GPU
 int64_t HotCacheBytes(const ResidentShape& shape);       // on the decode GPU
 int64_t DirectoryBytes(const ResidentShape& shape);      // on the service's GPU
+// Between processes a window is an allocation of its own, in multiples of this: smaller ones may
+// share what is exported. The decode GPU's has the reply window, and behind it the hot cache.
+constexpr int64_t kExportedBytes = 2 << 20;
 
 // Written by the resident kernel but for `stop`; in the service GPU's memory, zeroed once.
 struct ServeControl {
@@ -97,6 +100,13 @@ int64_t ServeWorkspaceBytes(const ServeParams& params, int32_t* pairs_at_once = 
 // for shapes out of the ranges above, those that answer_pair.cuh does not take, or `blocks` smaller
 // than a pair's; whatever the launch reports.
 cudaError_t LaunchServe(const ServeParams& params, cudaStream_t stream);
+
+// Stops the kernel that runs with `control` on `stream`, and waits for its end: within a few
+// hundred microseconds, also in the middle of a round. `other`: a stream of the same device that
+// nothing waits on. To go on: `stop` back to 0, first_round = served / pairs + 1 (a round that was
+// answered in part is answered once more, to the same effect) and `served` the pairs of the rounds
+// before it. Errors: what either stream met.
+cudaError_t StopServe(ServeControl* control, cudaStream_t stream, cudaStream_t other);
 
 // Empties the hot cache's directory of pairs [first, first + count) in all layers: their sequence
 // is new. While no round is under way; before the first one of all pairs.

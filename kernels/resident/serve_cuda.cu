@@ -6,6 +6,10 @@
 #include "kernels/resident/windows.h"
 #include "kernels/select/answer_pair.cuh"
 #include "kernels/select/resident_clusters.h"
+#ifdef CLUSTERKV_CUDA_EMULATOR
+#include <map>
+#include <mutex>
+#endif
 
 namespace clusterkv::kernels {
 namespace {
@@ -28,8 +32,10 @@ struct Own {
   int32_t positions[resident::kMaxExact];             // of the exact tokens
   const unsigned char* records[resident::kMaxExact];  // theirs
   uint64_t ticket;
+  float came[kAnswerBlocks];  // of the cluster's blocks: 1: its queries are there
   float queries[kAnswerHeads * kAnswerDim];
 };
+constexpr uint64_t kNoTicket = ~uint64_t{0};
 
 struct Ticket {
   uint64_t round;  // of this launch, from 0
@@ -37,7 +43,8 @@ struct Ticket {
   uint32_t flag;
 };
 
-// The next pair of the queue, the same for all blocks of the cluster.
+// The next pair of the queue, the same for all blocks of the cluster; own.ticket is kNoTicket when
+// the kernel is to end.
 __device__ Ticket TakeTicket(const ServePlan& plan, int cluster, int rank, Own& own) {
   const ServeParams& p = plan.params;
   uint64_t* tickets = static_cast<uint64_t*>(p.workspace);
@@ -45,7 +52,10 @@ __device__ Ticket TakeTicket(const ServePlan& plan, int cluster, int rank, Own& 
   if (threadIdx.x == 0 && rank == 0) {
     // What the last pair's answer left in memory is for whoever takes a later one.
     __threadfence();
-    own.ticket = atomicAdd(reinterpret_cast<unsigned long long*>(&p.control->tickets), 1ull);
+    const bool stop = LoadVolatile(&p.control->stop) != 0;
+    const uint64_t next =
+        atomicAdd(reinterpret_cast<unsigned long long*>(&p.control->tickets), 1ull);
+    own.ticket = stop ? kNoTicket : next;
     tickets[cluster] = own.ticket;
     __threadfence();
   }
@@ -97,9 +107,22 @@ __device__ void Prefetch(const ServePlan& plan, const SelectCudaPair& pair, int 
 #endif
 }
 
+// Whether all blocks of the cluster say so: one that went on alone would meet nobody at the next
+// barrier.
+__device__ bool Agree(bool mine, int blocks, int rank, Own& own) {
+  if (blocks == 1) return mine;
+  if (static_cast<int>(threadIdx.x) < blocks) {
+    StoreToBlock(&own.came[rank], static_cast<int>(threadIdx.x), mine ? 1.0f : 0.0f);
+  }
+  ClusterSync(blocks);
+  bool all = true;
+  for (int i = 0; i < blocks; ++i) all = all && own.came[i] != 0;
+  return all;
+}
+
 // Waits for the pair's queries and leaves them as floats in own.queries. False: the kernel is to
 // end.
-__device__ bool AwaitQueries(const ServePlan& plan, const Ticket& ticket, Own& own) {
+__device__ bool AwaitQueries(const ServePlan& plan, const Ticket& ticket, int rank, Own& own) {
   const ServeParams& p = plan.params;
   const ResidentShape& s = p.shape;
   const uint4* lines = plan.windows.Queries(p.requests, ticket.pair);
@@ -123,7 +146,7 @@ __device__ bool AwaitQueries(const ServePlan& plan, const Ticket& ticket, Own& o
       }
     }
   }
-  return __syncthreads_count(came) == kThreads;
+  return Agree(__syncthreads_count(came) == kThreads, plan.answer.blocks, rank, own);
 }
 
 // What becomes of an answer (PairAnswer::Answer).
@@ -229,13 +252,14 @@ __global__ void __launch_bounds__(kThreads, 1) ServeKernel(const __grid_constant
   const int rank = static_cast<int>(blockIdx.x) % blocks;
   for (;;) {
     const Ticket ticket = TakeTicket(plan, cluster, rank, own);
+    if (own.ticket == kNoTicket) return;
     if (p.rounds > 0 && ticket.round >= p.rounds) return;
     const int64_t row = int64_t{ticket.layer} * p.shape.pairs + ticket.pair;
     const SelectCudaPair& pair = p.pairs[row];
     PairAnswer<kThreads> answer(plan.answer, 0, rank);
     answer.Begin(pair);
     Prefetch(plan, pair, rank);
-    if (!AwaitQueries(plan, ticket, own)) return;
+    if (!AwaitQueries(plan, ticket, rank, own)) return;
     resident::DirectoryEntry before = {-1, -1};
     if (rank == blocks - 1 && static_cast<int>(threadIdx.x) < p.shape.slots) {
       before = static_cast<const resident::DirectoryEntry*>(
@@ -295,14 +319,64 @@ int64_t ServeWorkspaceBytes(const ServeParams& params, int32_t* pairs_at_once) {
   return valid ? resident::RoundUp(int64_t{plan.clusters} * 8) : 0;
 }
 
-cudaError_t LaunchServe(const ServeParams& params, cudaStream_t stream) {
-  ServePlan plan = {};
-  if (!MakeServePlan(params, &plan)) return cudaErrorInvalidValue;
-  CKV_RETURN_IF_CUDA_ERROR(
-      cudaMemsetAsync(&params.control->tickets, 0, sizeof(params.control->tickets), stream));
+namespace {
+
+cudaError_t LaunchPlan(const ServePlan& plan, cudaStream_t stream) {
+  ServeControl* const control = plan.params.control;
+  CKV_RETURN_IF_CUDA_ERROR(cudaMemsetAsync(&control->tickets, 0, sizeof(control->tickets), stream));
   return cuda::Launch(ServeKernel, dim3(static_cast<unsigned>(plan.clusters * plan.answer.blocks)),
                       dim3(kThreads), static_cast<size_t>(plan.own_offset) + sizeof(Own),
                       plan.answer.blocks, stream, plan);
+}
+
+#ifdef CLUSTERKV_CUDA_EMULATOR
+// Kernels that run until they are stopped. Here kernels run one after the other: these run for a
+// round whenever a decode GPU has asked (resident::ServeEmulated).
+struct Emulated {
+  std::mutex mutex;
+  std::map<const ServeControl*, ServePlan> running;
+};
+Emulated& TheEmulated() {
+  static Emulated emulated;
+  return emulated;
+}
+#endif
+
+}  // namespace
+
+#ifdef CLUSTERKV_CUDA_EMULATOR
+void resident::ServeEmulated() {
+  Emulated& emulated = TheEmulated();
+  const std::lock_guard<std::mutex> lock(emulated.mutex);
+  for (auto& [control, plan] : emulated.running) {
+    plan.params.first_round = control->served / static_cast<uint64_t>(plan.params.shape.pairs) + 1;
+    plan.params.rounds = 1;
+    (void)LaunchPlan(plan, nullptr);
+  }
+}
+#endif
+
+cudaError_t LaunchServe(const ServeParams& params, cudaStream_t stream) {
+  ServePlan plan = {};
+  if (!MakeServePlan(params, &plan)) return cudaErrorInvalidValue;
+#ifdef CLUSTERKV_CUDA_EMULATOR
+  if (params.rounds == 0) {
+    const std::lock_guard<std::mutex> lock(TheEmulated().mutex);
+    TheEmulated().running[params.control] = plan;
+    return cudaSuccess;
+  }
+#endif
+  return LaunchPlan(plan, stream);
+}
+
+cudaError_t StopServe(ServeControl* control, cudaStream_t stream, cudaStream_t other) {
+  CKV_RETURN_IF_CUDA_ERROR(cudaMemsetAsync(&control->stop, 1, sizeof(control->stop), other));
+  CKV_RETURN_IF_CUDA_ERROR(cudaStreamSynchronize(other));
+#ifdef CLUSTERKV_CUDA_EMULATOR
+  const std::lock_guard<std::mutex> lock(TheEmulated().mutex);
+  TheEmulated().running.erase(control);
+#endif
+  return cudaStreamSynchronize(stream);
 }
 
 cudaError_t LaunchForget(const ResidentShape& shape, void* directory, int32_t first, int32_t count,

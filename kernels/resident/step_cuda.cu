@@ -227,8 +227,19 @@ cudaError_t LaunchStep(const StepParams& params, int32_t layer, StepPart part, c
   const int shared_bytes = plan.slots_offset + (s.max_exact + 3) / 4 * 16;
   const Kernel kernel =
       s.query_type == ElementType::kFloat32 ? KernelOf<float>(s) : KernelOf<uint16_t>(s);
-  return cuda::Launch(kernel, dim3(s.pairs), dim3(kThreads), static_cast<size_t>(shared_bytes), 1,
-                      stream, plan, queries, output, lse);
+  const auto launch = [&] {
+    return cuda::Launch(kernel, dim3(s.pairs), dim3(kThreads), static_cast<size_t>(shared_bytes), 1,
+                        stream, plan, queries, output, lse);
+  };
+#ifdef CLUSTERKV_CUDA_EMULATOR
+  if (part == kStepWhole) {  // kernels run one after the other: the other end's between the halves
+    plan.part = kStepAsk;
+    CKV_RETURN_IF_CUDA_ERROR(launch());
+    resident::ServeEmulated();
+    plan.part = kStepAttend;
+  }
+#endif
+  return launch();
 }
 
 cudaError_t LaunchEndStep(const ResidentShape& shape, uint64_t* rounds, cudaStream_t stream) {

@@ -65,6 +65,11 @@ inline bool ValidShape(const ResidentShape& s) {
          (s.format == RecordFormat::kRaw || s.format == RecordFormat::kK8V4);
 }
 
+#ifdef CLUSTERKV_CUDA_EMULATOR
+// Lets every kernel that was launched to run until it is stopped answer one round.
+void ServeEmulated();
+#endif
+
 }  // namespace clusterkv::kernels::resident
 
 #endif  // CLUSTERKV_KERNELS_RESIDENT_WINDOWS_H_

@@ -460,6 +460,29 @@ void BadInput::AddAttachCases() {
     v1::DetachResponse response;
     return harness_.cache().Detach(MakeContext().get(), request, &response);
   };
+  const auto group = [this](const char* name,
+                            std::function<void(v1::ConnectResidentRequest*)> change) {
+    cases_[name] = [this, change = std::move(change)] {
+      v1::ConnectResidentRequest request;
+      request.add_attachment_ids(attachment_);
+      request.set_slots(64);
+      request.set_max_exact_tokens(64);
+      change(&request);
+      v1::ConnectResidentResponse response;
+      return harness_.cache().ConnectResident(MakeContext().get(), request, &response);
+    };
+  };
+  group("group-empty", [](auto* r) { r->clear_attachment_ids(); });
+  group("group-twice", [](auto* r) { r->add_attachment_ids(r->attachment_ids(0)); });
+  group("group-attachment", [](auto* r) { r->set_attachment_ids(0, 17); });
+  group("group-slots", [](auto* r) { r->set_slots(48); });
+  group("group-exact", [](auto* r) { r->set_max_exact_tokens(65); });
+  cases_["group-unknown"] = [this] {
+    v1::RenewResidentRequest request;
+    request.set_resident_id(17);
+    v1::RenewResidentResponse response;
+    return harness_.cache().RenewResident(MakeContext().get(), request, &response);
+  };
 }
 
 void BadInput::AddSelectCases() {

@@ -1,0 +1,81 @@
+// The memory and the stream of one resident kernel (kernels/resident/resident_cuda.h): the
+// service's end of a group.
+//
+//   state     leaves it
+//   stopped   Start: running
+//   running   Stop: stopped
+//
+// Not thread-safe. While it runs, calls that wait for the whole device (to free memory, to close a
+// mapping) wait for it too: stop it before them.
+#ifndef CLUSTERKV_CACHE_SERVICE_CUDA_RESIDENT_H_
+#define CLUSTERKV_CACHE_SERVICE_CUDA_RESIDENT_H_
+
+#include <cstddef>
+#include <cstdint>
+#include <functional>
+#include <memory>
+#include <optional>
+#include <utility>
+
+#include "absl/status/status.h"
+#include "absl/status/statusor.h"
+#include "cache_service/shard_device.h"
+#include "kernels/comm/peer_window.h"
+#include "kernels/resident/resident_cuda.h"
+#include "kernels/runtime/device.h"
+
+namespace clusterkv::cache_service {
+
+// What a kernel answers from: the arrays that SelectCudaPair names, in one piece.
+struct ResidentInput {
+  kernels::SelectCudaParams select;
+  int64_t bytes = 0;
+  int64_t pairs_at = 0;  // offset of SelectCudaPair [layers, pairs]
+  // Writes the piece as it will be read at `device` into `host`.
+  std::function<void(std::byte* host, std::byte* device)> fill;
+};
+
+class CudaResident {
+ public:
+  // Maps the worker's window; of at most `blocks` multiprocessors. Stopped; has no input yet.
+  // Errors: INVALID_FIELD for a window that is too small; as PeerWindow::Open and CudaStatus.
+  static absl::StatusOr<std::unique_ptr<CudaResident>> Create(int device,
+                                                              const kernels::ResidentShape& shape,
+                                                              const ResidentSetup& setup,
+                                                              int blocks);
+  ~CudaResident();  // REQUIRES: stopped
+
+  const v1::PeerWindow& requests() const { return exported_; }
+  int blocks() const { return serve_.blocks; }
+  // REQUIRES: stopped. Errors: Unavailable when the kernel does not take such an input, and the old
+  // one stays; as CudaStatus.
+  absl::Status SetInput(const ResidentInput& input);
+  // REQUIRES: stopped, with input.
+  absl::Status Start();
+  absl::Status Stop();
+  // Rounds that were answered whole. REQUIRES: stopped.
+  uint64_t rounds() const { return rounds_; }
+
+ private:
+  CudaResident(int device, const kernels::ResidentShape& shape, kernels::PeerWindow window)
+      : device_(device), shape_(shape), window_(std::move(window)) {}
+
+  absl::Status Allocate(int blocks);
+  kernels::ServeControl* control() const {
+    return reinterpret_cast<kernels::ServeControl*>(control_.data());
+  }
+
+  const int device_;
+  const kernels::ResidentShape shape_;
+  kernels::PeerWindow window_;  // the worker's
+  v1::PeerWindow exported_;
+  kernels::DeviceBuffer requests_, directory_, control_, workspace_, input_;
+  std::optional<kernels::Stream> stream_, other_;
+  kernels::ServeParams serve_;
+  uint64_t rounds_ = 0;
+  bool running_ = false;
+};
+
+}  // namespace clusterkv::cache_service
+
+#endif  // CLUSTERKV_CACHE_SERVICE_CUDA_RESIDENT_H_

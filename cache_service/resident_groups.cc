@@ -1,0 +1,243 @@
+#include "cache_service/resident_groups.h"
+
+#include <algorithm>
+#include <string>
+#include <utility>
+
+#include "absl/strings/str_cat.h"
+#include "cache_service/errors.h"
+#include "cache_service/selector.h"
+#include "cache_service/sessions.h"
+#include "kernels/base/status_macros.h"
+#include "kernels/resident/layout_version.h"
+
+namespace clusterkv::cache_service {
+namespace {
+
+constexpr int kMaxMembers = 64;
+constexpr uint32_t kMinSlots = 32, kMaxSlots = 512, kMaxExact = 128;
+
+absl::Status CheckField(std::string_view field, uint32_t least, uint32_t most, uint32_t got) {
+  if (got >= least && got <= most) return absl::OkStatus();
+  return FieldError(v1::INVALID_FIELD, field, absl::StrCat(least, " to ", most), absl::StrCat(got));
+}
+
+absl::Status CheckRequest(const v1::ConnectResidentRequest& request) {
+  CKV_RETURN_IF_ERROR(CheckField("attachment_ids", 1, kMaxMembers,
+                                 static_cast<uint32_t>(request.attachment_ids_size())));
+  CKV_RETURN_IF_ERROR(CheckField("slots", kMinSlots, kMaxSlots, request.slots()));
+  if (request.slots() % kMinSlots != 0) {
+    return FieldError(v1::INVALID_FIELD, "slots", absl::StrCat("a multiple of ", kMinSlots),
+                      absl::StrCat(request.slots()));
+  }
+  return CheckField("max_exact_tokens", 1, std::min(kMaxExact, request.slots()),
+                    request.max_exact_tokens());
+}
+
+// Why these cannot be one group; OK: they can.
+absl::Status CheckAlike(const std::vector<std::shared_ptr<Attachment>>& members) {
+  const Attachment& first = *members.front();
+  for (const auto& member : members) {
+    if (member->params.shape == first.params.shape &&
+        member->params.layers == first.params.layers &&
+        member->params.index.codes == first.params.index.codes && member->select == first.select) {
+      continue;
+    }
+    return absl::UnavailableError(
+        "resident: expected attachments of one shape, codes and selection");
+  }
+  const kernels::RecordCodec& codec = *first.params.codec;
+  for (const auto& member : members) {
+    if (member->params.codec->name() == "raw") continue;
+    return absl::UnavailableError(
+        absl::StrCat("resident: expected codec raw, got ", std::string(codec.name())));
+  }
+  if (first.params.shape.element_type == kernels::ElementType::kFloat16) {
+    return absl::UnavailableError("resident: expected bfloat16 or float32, got float16");
+  }
+  return absl::OkStatus();
+}
+
+std::vector<uint32_t> WindowBegins(
+    const std::vector<std::shared_ptr<const LayerSnapshot>>& snapshots) {
+  std::vector<uint32_t> begins;
+  for (const auto& layer : snapshots) begins.push_back(static_cast<uint32_t>(layer->window_begin));
+  return begins;
+}
+
+}  // namespace
+
+// --- ResidentGroup
+
+absl::StatusOr<std::vector<uint32_t>> ResidentGroup::Start(ShardDevice* device,
+                                                           std::vector<Member> members,
+                                                           const ResidentSetup& setup) {
+  absl::MutexLock lock(&mutex_);
+  members_ = std::move(members);
+  layers_ = setup.layers;
+  CKV_ASSIGN_OR_RETURN(Snapshots snapshots, TakeSnapshots());
+  CKV_ASSIGN_OR_RETURN(kernel_, device->StartResident(setup, ItemsOf(snapshots)));
+  snapshots_ = std::move(snapshots);
+  running_.store(true);
+  return WindowBegins(snapshots_);
+}
+
+absl::StatusOr<std::vector<uint32_t>> ResidentGroup::Renew(uint64_t rounds) {
+  absl::MutexLock lock(&mutex_);
+  if (kernel_ == nullptr) return absl::FailedPreconditionError("resident: the group has ended");
+  CKV_ASSIGN_OR_RETURN(Snapshots snapshots, TakeSnapshots());
+  if (snapshots == snapshots_) return WindowBegins(snapshots_);
+  CKV_RETURN_IF_ERROR(kernel_->Change(ItemsOf(snapshots), rounds));
+  snapshots_ = std::move(snapshots);
+  return WindowBegins(snapshots_);
+}
+
+void ResidentGroup::End() {
+  running_.store(false);
+  absl::MutexLock lock(&mutex_);
+  kernel_.reset();
+  snapshots_.clear();
+}
+
+v1::PeerWindow ResidentGroup::requests() const {
+  absl::MutexLock lock(&mutex_);
+  return kernel_ == nullptr ? v1::PeerWindow() : kernel_->requests();
+}
+
+absl::StatusOr<ResidentGroup::Snapshots> ResidentGroup::TakeSnapshots() const {
+  Snapshots snapshots;
+  for (int64_t layer = 0; layer < layers_; ++layer) {
+    for (const Member& member : members_) {
+      CKV_ASSIGN_OR_RETURN(snapshots.emplace_back(), member.sequence->Snapshot(layer));
+      const auto& parts = snapshots.back()->parts;
+      const bool mirrored = std::all_of(parts.begin(), parts.end(), [](const auto& part) {
+        return part->device_part() != nullptr;
+      });
+      if (parts.empty() || !mirrored) {
+        return absl::UnavailableError(absl::StrCat("resident: sequence ",
+                                                   member.sequence->identity().name, ", layer ",
+                                                   layer, ": no clusters on the device"));
+      }
+    }
+  }
+  return snapshots;
+}
+
+std::vector<DeviceSelectItem> ResidentGroup::ItemsOf(const Snapshots& snapshots) const {
+  std::vector<DeviceSelectItem> items;
+  for (size_t i = 0; i < snapshots.size(); ++i) {
+    const Member& member = members_[i % members_.size()];
+    items.push_back(DeviceItemOf(*snapshots[i], member.sequence->params(), member.select));
+  }
+  return items;
+}
+
+// --- ResidentGroups
+
+absl::StatusOr<std::vector<std::shared_ptr<Attachment>>> ResidentGroups::Find(
+    const v1::ConnectResidentRequest& request) const {
+  std::vector<std::shared_ptr<Attachment>> members;
+  for (const uint64_t id : request.attachment_ids()) {
+    CKV_ASSIGN_OR_RETURN(members.emplace_back(), attachments_.Find(id));
+    if (std::count(members.begin(), members.end(), members.back()) > 1) {
+      return FieldError(v1::INVALID_FIELD, "attachment_ids", "each once",
+                        absl::StrCat(id, " twice"));
+    }
+  }
+  return members;
+}
+
+absl::StatusOr<v1::ConnectResidentResponse> ResidentGroups::Connect(
+    const v1::ConnectResidentRequest& request, const std::string& why_not) {
+  CKV_RETURN_IF_ERROR(CheckRequest(request));
+  CKV_ASSIGN_OR_RETURN(const auto members, Find(request));
+  v1::ConnectResidentResponse response;
+  absl::Status why = CheckAlike(members);
+  if (!why_not.empty()) why = absl::UnavailableError(why_not);
+  if (why.ok() && request.layout_version() != kernels::kResidentLayoutVersion) {
+    why = absl::UnavailableError(absl::StrCat("resident: layout_version: expected ",
+                                              kernels::kResidentLayoutVersion, ", got ",
+                                              request.layout_version()));
+  }
+  if (!why.ok()) {
+    response.set_reason(std::string(why.message()));
+    return response;
+  }
+  auto group = std::make_shared<ResidentGroup>(RandomId());
+  std::vector<ResidentGroup::Member> of_group;
+  for (const auto& member : members) of_group.push_back({member->sequence.get(), member->select});
+  ResidentSetup setup;
+  setup.layers = members.front()->params.layers;
+  setup.window = request.window();
+  setup.slots = request.slots();
+  setup.max_exact = request.max_exact_tokens();
+  // The old kernels end first: a member's steps are answered by one.
+  for (const auto& member : members) member->SetResident(nullptr);
+  absl::StatusOr<std::vector<uint32_t>> begins = group->Start(device_, std::move(of_group), setup);
+  if (!begins.ok()) {
+    if (ReasonOf(begins.status()) == v1::INVALID_FIELD) return begins.status();
+    response.set_reason(std::string(begins.status().message()));
+    return response;
+  }
+  response.set_resident_id(group->id);
+  *response.mutable_requests() = group->requests();
+  response.mutable_window_begin()->Add(begins->begin(), begins->end());
+  {
+    absl::MutexLock lock(&mutex_);
+    for (auto it = groups_.begin(); it != groups_.end();) {
+      const auto here = it++;
+      if (here->second.expired()) groups_.erase(here);
+    }
+    groups_.emplace(group->id, group);
+  }
+  for (const auto& member : members) member->SetResident(group);
+  return response;
+}
+
+std::shared_ptr<ResidentGroup> ResidentGroups::Take(uint64_t id) {
+  absl::MutexLock lock(&mutex_);
+  const auto it = groups_.find(id);
+  if (it == groups_.end()) return nullptr;
+  std::shared_ptr<ResidentGroup> group = it->second.lock();
+  groups_.erase(it);
+  return group;
+}
+
+absl::StatusOr<v1::RenewResidentResponse> ResidentGroups::Renew(
+    const v1::RenewResidentRequest& request) {
+  std::shared_ptr<ResidentGroup> group;
+  {
+    absl::MutexLock lock(&mutex_);
+    const auto it = groups_.find(request.resident_id());
+    if (it != groups_.end()) group = it->second.lock();
+  }
+  if (group == nullptr || !group->running()) {
+    return Error(v1::ATTACHMENT_NOT_FOUND,
+                 absl::StrCat("no resident group has the id ", request.resident_id(),
+                              "; it ends with its first attachment"),
+                 {{"attachmentId", absl::StrCat(request.resident_id())}});
+  }
+  const absl::StatusOr<std::vector<uint32_t>> begins = group->Renew(request.rounds());
+  if (!begins.ok()) {
+    Disconnect(request.resident_id());
+    return FieldError(v1::INVALID_FIELD, "rounds", "a group that can go on",
+                      std::string(begins.status().message()));
+  }
+  v1::RenewResidentResponse response;
+  response.mutable_window_begin()->Add(begins->begin(), begins->end());
+  return response;
+}
+
+void ResidentGroups::Disconnect(uint64_t id) {
+  const std::shared_ptr<ResidentGroup> group = Take(id);
+  if (group != nullptr) group->End();
+}
+
+int64_t ResidentGroups::attachments() const {
+  return attachments_.CountIf([](const Attachment& attachment) {
+    const std::shared_ptr<ResidentGroup> group = attachment.resident();
+    return group != nullptr && group->running();
+  });
+}
+
+}  // namespace clusterkv::cache_service
