@@ -281,6 +281,9 @@ class CudaDevice : public ShardDevice {
 
   const std::string& name() const override { return name_; }
   bool healthy() const override { return healthy_.load(); }
+  void OnFailure(std::function<void(const absl::Status&)> told) override {
+    on_failure_ = std::move(told);
+  }
   absl::Status Start(const Arena& arena, int lanes) override;
   absl::Status Upload(absl::Span<const uint32_t> pages) override;
   absl::StatusOr<std::unique_ptr<DevicePart>> Mirror(const IndexPartView& view,
@@ -315,7 +318,7 @@ class CudaDevice : public ShardDevice {
   absl::Status UploadPages(Uploader& uploader, absl::Span<const uint32_t> pages) const;
   // Notes a fault and gives it on.
   absl::Status Note(absl::Status status) {
-    if (!status.ok()) healthy_.store(false);
+    if (!status.ok() && healthy_.exchange(false) && on_failure_) on_failure_(status);
     return status;
   }
   Lane* TakeLane();
@@ -330,6 +333,7 @@ class CudaDevice : public ShardDevice {
   const int ordinal_;
   const std::string name_;
   std::atomic<bool> healthy_{true};
+  std::function<void(const absl::Status&)> on_failure_;
   std::atomic<int> links_{0};
   Residents residents_;
   const Arena* host_ = nullptr;

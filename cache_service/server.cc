@@ -14,6 +14,8 @@
 #include <vector>
 
 #include "absl/base/call_once.h"
+#include "absl/base/thread_annotations.h"
+#include "absl/synchronization/mutex.h"
 #include "absl/time/clock.h"
 #include "cache_service/rpc/acceptor.h"
 #include "cache_service/rpc/admin_service_rpc.h"
@@ -95,14 +97,19 @@ absl::Status Port::Build(const std::vector<grpc::Service*>& services,
 }  // namespace
 
 struct Server::Impl {
-  ~Impl() { Shutdown(absl::ZeroDuration()); }
+  ~Impl() {
+    Shutdown(absl::ZeroDuration());
+    absl::MutexLock lock(&ports_mutex);
+    ports_ended = true;
+  }
 
-  absl::Status Start(const Config& config);
+  absl::Status Start(const Config& config, std::unique_ptr<ShardDevice> device);
   absl::Status BuildPorts(const Config& config);
   absl::Status Listen(const Config& config);
   // Those that have a server.
   std::vector<Port*> Ports();
   void NotServing();
+  void DeviceFailed(const absl::Status& why);
   void BeginDrain();
   void Shutdown(absl::Duration grace);
 
@@ -112,6 +119,9 @@ struct Server::Impl {
   std::string address, admin_address;
   int port = 0, admin_port = 0, health_port = 0;
 
+  // The shard's device may fail while the server ends: these outlive it.
+  absl::Mutex ports_mutex;
+  bool ports_ended ABSL_GUARDED_BY(ports_mutex) = false;
   // The shard's last answers still go by the tenants' views of it: they end after it.
   std::unique_ptr<Tenants> tenants;
   // In the order of construction: what stands below uses what stands above.
@@ -128,7 +138,7 @@ struct Server::Impl {
   absl::once_flag shutdown_once;
 };
 
-absl::Status Server::Impl::Start(const Config& config) {
+absl::Status Server::Impl::Start(const Config& config, std::unique_ptr<ShardDevice> device) {
   static absl::once_flag process_once;
   absl::call_once(process_once, [] {
     RaiseOpenFileLimit();
@@ -145,7 +155,8 @@ absl::Status Server::Impl::Start(const Config& config) {
     CKV_ASSIGN_OR_RETURN(shards, ShardList::Follow(config.etcd, config.shard_name,
                                                    config.etcd_lease_ttl, kEtcdTimeout));
   }
-  CKV_ASSIGN_OR_RETURN(std::unique_ptr<ShardDevice> device, MakeShardDevice(config.device));
+  const bool has_device = device != nullptr;
+  if (has_device) device->OnFailure([this](const absl::Status& why) { DeviceFailed(why); });
   CKV_ASSIGN_OR_RETURN(shard, Shard::Create(config.shard, std::move(device)));
   rpc.device = shard->device_name();
   drain_delay = config.drain_delay;
@@ -168,6 +179,9 @@ absl::Status Server::Impl::Start(const Config& config) {
   session_service = std::make_unique<SessionServiceRpc>(rpc);
   admin_service = std::make_unique<AdminServiceRpc>(rpc, [this] { BeginDrain(); });
   CKV_RETURN_IF_ERROR(BuildPorts(config));
+  if (has_device) {
+    for (Port* port : Ports()) port->SetHealth("device", true);
+  }
   CKV_RETURN_IF_ERROR(Listen(config));
   if (shards != nullptr) {
     const std::string& given = config.advertise_address;
@@ -235,6 +249,14 @@ void Server::Impl::NotServing() {
   }
 }
 
+void Server::Impl::DeviceFailed(const absl::Status& why) {
+  Log(LogLevel::kError, "device failed, the host answers for it",
+      {{"device", rpc.device}, {"reason", why.ToString()}});
+  absl::MutexLock lock(&ports_mutex);
+  if (ports_ended) return;
+  for (Port* port : Ports()) port->SetHealth("device", false);
+}
+
 void Server::Impl::BeginDrain() {
   NotServing();
   shard->StartDrain();
@@ -261,8 +283,14 @@ Server::Server(std::unique_ptr<Impl> impl) : impl_(std::move(impl)) {}
 Server::~Server() = default;
 
 absl::StatusOr<std::unique_ptr<Server>> Server::Start(const Config& config) {
+  CKV_ASSIGN_OR_RETURN(std::unique_ptr<ShardDevice> device, MakeShardDevice(config.device));
+  return Start(config, std::move(device));
+}
+
+absl::StatusOr<std::unique_ptr<Server>> Server::Start(const Config& config,
+                                                      std::unique_ptr<ShardDevice> device) {
   auto impl = std::make_unique<Impl>();
-  CKV_RETURN_IF_ERROR(impl->Start(config));
+  CKV_RETURN_IF_ERROR(impl->Start(config, std::move(device)));
   return std::unique_ptr<Server>(new Server(std::move(impl)));
 }
 

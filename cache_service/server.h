@@ -1,8 +1,13 @@
 // The server: a shard behind its ports.
 //
 // Data port: CacheService, SessionService. Admin port: AdminService. Both: grpc.health.v1 (services
-// "", "liveness", "readiness") and reflection. /metrics where asked for. With certificates both
-// ports speak TLS; for probes, which cannot, there is a health port with grpc.health.v1 alone.
+// "", "liveness", "readiness", and "device" where there is one) and reflection. /metrics where
+// asked for. With certificates both ports speak TLS; for probes, which cannot, there is a health
+// port with grpc.health.v1 alone.
+//
+// A device that fails is no end of service: the host holds everything and answers everything, at a
+// host's speed. Health "device" says NOT_SERVING from then on, the log why, once; whether it is
+// worth the sequences' loss to restart the process, its operator decides.
 //
 //   state      health ""/readiness   new sequences, sessions   calls
 //   serving    SERVING               taken                     answered
@@ -34,6 +39,9 @@ class Server {
   // Errors: Unavailable when an address cannot be bound; InvalidArgument when a certificate is no
   // good; as Shard::Create.
   static absl::StatusOr<std::unique_ptr<Server>> Start(const Config& config);
+  // The same with another device than config.device says; null: none.
+  static absl::StatusOr<std::unique_ptr<Server>> Start(const Config& config,
+                                                       std::unique_ptr<ShardDevice> device);
   // Shuts down at once, if Shutdown was not called.
   ~Server();
 

@@ -10,6 +10,7 @@
 #define CLUSTERKV_CACHE_SERVICE_SHARD_DEVICE_H_
 
 #include <cstdint>
+#include <functional>
 #include <memory>
 #include <string>
 #include <vector>
@@ -121,6 +122,9 @@ class ShardDevice {
   virtual absl::Status Start(const Arena& arena, int lanes) = 0;
   // False once the device failed: nothing is asked of it any more.
   virtual bool healthy() const = 0;
+  // `told` is called once, with why, by whoever notices that the device failed; it must not block.
+  // Before Start; without it nobody is told.
+  virtual void OnFailure(std::function<void(const absl::Status&)> told) = 0;
 
   // Copies the pages' contents to the device. Blocks until they are there. An error ends the
   // device's health.

@@ -39,6 +39,8 @@ constexpr MetricDescriptor kMetrics[] = {
      "Selects that the GPU answered."},
     {"clusterkv_device_fallbacks_total", kCounter, "1", "", "Selection", "device",
      "Selects that were meant for the GPU and that the host answered."},
+    {"clusterkv_device_failed", kGauge, "1", "", "Selection", "device",
+     "1 once the GPU failed, so that the host answers for it."},
 
     {"clusterkv_hot_cache_hits_total", kCounter, "tokens", "", "Recall", "",
      "Exact tokens that the worker held already."},

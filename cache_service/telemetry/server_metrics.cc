@@ -5,6 +5,7 @@
 #include <limits>
 #include <utility>
 
+#include "absl/strings/match.h"
 #include "kernels/base/check.h"
 #include "prometheus/metric_family.h"
 #include "prometheus/metric_type.h"
@@ -196,6 +197,7 @@ void MetricWriter::ShardFigures(const v1::Stats& stats) {
   Value("clusterkv_ingested_bytes_total", number(stats.ingested_bytes()));
   Value("clusterkv_device_selects_total", number(stats.device_selects()));
   Value("clusterkv_device_fallbacks_total", number(stats.device_fallbacks()));
+  Value("clusterkv_device_failed", absl::EndsWith(stats.device(), " failed") ? 1 : 0);
   Value("clusterkv_link_bytes_total", number(stats.link_bytes()));
   Values("clusterkv_evictions_total", "reason", stats.evictions_by_reason());
   Values("clusterkv_errors_total", "reason", stats.errors());

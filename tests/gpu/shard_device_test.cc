@@ -1,8 +1,10 @@
 // A shard with a device beside one without: the same index, selections and states.
+#include <cuda_runtime.h>
 #include <gmock/gmock.h>
 #include <gtest/gtest.h>
 
 #include <cmath>
+#include <cstdlib>
 #include <string>
 #include <utility>
 #include <vector>
@@ -257,6 +259,55 @@ TEST_F(ShardDeviceTest, AWindowThatIsTooSmallIsRefused) {
   EXPECT_EQ(Metadata(status, "field"), "window.head_bytes");
   connect.set_attachment_id(1);
   EXPECT_EQ(Reason((*shard)->ConnectLink(connect).status()), v1::ATTACHMENT_NOT_FOUND);
+}
+
+class ShardDeviceDeathTest : public ShardDeviceTest {
+ protected:
+  // In a process of its own, which it ends: with 0 if all was as it should be.
+  [[noreturn]] static void FailAndGoOn() {
+    const TestKv kv = MakeKv(TestShape(), kPrompt + 64, 1);
+    const auto host = Make(false, 32 << 10);
+    std::vector<absl::Status> told;
+    TestDevice() = [&told] {
+      std::unique_ptr<ShardDevice> device = CreateCudaDevice(0).value();
+      device->OnFailure([&told](const absl::Status& why) { told.push_back(why); });
+      return device;
+    };
+    {
+      ShardHarness shard(Options(32 << 10));
+      const auto expect_same = [&](const std::string& name) {
+        for (int64_t layer : {0, 1}) {
+          ExpectClose(shard.SelectOne(name, layer, MakeQueries(kv.shape, 2)),
+                      host->SelectOne(name, layer, MakeQueries(kv.shape, 2)));
+        }
+      };
+      v1::OpenSequenceRequest open = OpenRequest("before", kv, kPrompt);
+      open.set_max_decode_tokens(64);
+      open.mutable_index()->set_window_tokens(64);
+      for (ShardHarness* one : {&shard, host.get()}) one->Ready(open, kv);
+      expect_same("before");
+      EXPECT_EQ(shard->GetStats().device_selects(), 2u);
+      cuda_emulator::Fail();
+      expect_same("before");
+      open.set_name("after");
+      for (ShardHarness* one : {&shard, host.get()}) {
+        EXPECT_TRUE((*one)->Append(AppendRequest("before", kv, kPrompt, 64)).ok());
+        one->Ready(open, kv);
+      }
+      expect_same("before");
+      expect_same("after");
+      const v1::Stats stats = shard->GetStats();
+      EXPECT_EQ(stats.device(), "cuda:0 failed");
+      EXPECT_EQ(stats.device_selects(), 2u);
+    }
+    EXPECT_EQ(told.size(), 1u);
+    std::_Exit(HasFailure() ? 1 : 0);
+  }
+};
+
+TEST_F(ShardDeviceDeathTest, AFailedDeviceLeavesAllToTheHost) {
+  GTEST_FLAG_SET(death_test_style, "threadsafe");
+  EXPECT_EXIT(FailAndGoOn(), testing::ExitedWithCode(0), "");
 }
 
 TEST_F(ShardDeviceTest, QueriesWhoseLogitsOverflowAreTheHostsError) {

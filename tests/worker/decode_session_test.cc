@@ -51,7 +51,7 @@ DecodeOptions Options(uint32_t capacity) {
 absl::Status Append(DecodeSession& session, const std::vector<TraceLayer>& layers, int64_t step) {
   for (size_t l = 0; l < layers.size(); ++l) {
     const int64_t token = layers[l].tokens - layers[l].queries + step;
-    const absl::Status status =
+    absl::Status status =
         session.Append(static_cast<int64_t>(l), Rows(layers[l], layers[l].keys, token, token + 1),
                        Rows(layers[l], layers[l].values, token, token + 1));
     if (!status.ok()) return status;
@@ -74,8 +74,8 @@ absl::Status Decode(DecodeSession& session, const std::vector<TraceLayer>& layer
       std::vector<float> output(layers[l].shape.query_heads * layers[l].shape.head_dim,
                                 std::numeric_limits<float>::quiet_NaN());
       StepFigures figures;
-      const absl::Status status = session.Step(static_cast<int64_t>(l), Query(layers[l], step),
-                                               absl::MakeSpan(output), &figures);
+      absl::Status status = session.Step(static_cast<int64_t>(l), Query(layers[l], step),
+                                         absl::MakeSpan(output), &figures);
       if (!status.ok()) return status;
       decoded->outputs.push_back(std::move(output));
       decoded->figures.push_back(figures);

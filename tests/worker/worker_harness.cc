@@ -9,6 +9,7 @@
 
 #include <cmath>
 #include <random>
+#include <utility>
 
 #include "absl/strings/str_cat.h"
 #include "absl/strings/str_join.h"
@@ -20,8 +21,6 @@
 namespace clusterkv::worker {
 namespace {
 
-using kernels::ElementType;
-
 sockaddr_in Loopback(int port) {
   sockaddr_in address = {};
   address.sin_family = AF_INET;
@@ -32,7 +31,8 @@ sockaddr_in Loopback(int port) {
 
 }  // namespace
 
-Service::Service(int port, const std::function<void(v1::ServerConfig&)>& change) {
+Service::Service(int port, const std::function<void(v1::ServerConfig&)>& change,
+                 std::unique_ptr<cache_service::ShardDevice> device) {
   v1::ServerConfig message;
   message.set_listen(absl::StrCat("127.0.0.1:", port));
   message.set_admin_listen("127.0.0.1:0");
@@ -45,7 +45,7 @@ Service::Service(int port, const std::function<void(v1::ServerConfig&)>& change)
   auto config = cache_service::ResolveConfig(message);
   CKV_CHECK(config.ok()) << config.status();
   config->metrics_listen.clear();
-  auto server = cache_service::Server::Start(*config);
+  auto server = cache_service::Server::Start(*config, std::move(device));
   CKV_CHECK(server.ok()) << server.status();
   server_ = std::move(*server);
 }

@@ -13,6 +13,7 @@
 
 #include "absl/status/statusor.h"
 #include "cache_service/server.h"
+#include "cache_service/shard_device.h"
 #include "worker/client.h"
 #include "worker/prefill_writer.h"
 #include "worker/trace.h"
@@ -22,8 +23,9 @@ namespace clusterkv::worker {
 // A server on ports of its own. Dies with a failure of the test if its ledger does not balance.
 class Service {
  public:
-  // port 0: any free one.
-  explicit Service(int port = 0, const std::function<void(v1::ServerConfig&)>& change = nullptr);
+  // port 0: any free one. device: null: none.
+  explicit Service(int port = 0, const std::function<void(v1::ServerConfig&)>& change = nullptr,
+                   std::unique_ptr<cache_service::ShardDevice> device = nullptr);
   ~Service();
 
   cache_service::Server& server() { return *server_; }
