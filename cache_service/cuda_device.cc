@@ -14,6 +14,7 @@
 #include "absl/base/thread_annotations.h"
 #include "absl/strings/str_cat.h"
 #include "absl/synchronization/mutex.h"
+#include "cache_service/cuda_ingest.h"
 #include "cache_service/cuda_links.h"
 #include "cache_service/cuda_resident.h"
 #include "cache_service/errors.h"
@@ -112,6 +113,23 @@ class Uploader {
   cudaStream_t stream() const { return stream_->get(); }
   // Sends what was added; what is launched on stream() from now on finds it there.
   absl::Status Flush() { return Send(); }
+
+  // Copies `bytes` from the device to `to`. Blocks.
+  absl::Status Read(void* to, const std::byte* from, int64_t bytes) {
+    auto* destination = static_cast<std::byte*>(to);
+    while (bytes > 0) {
+      const auto piece = static_cast<size_t>(std::min(bytes, kUploadBytes));
+      std::byte* const pinned = buffers_[current_].pinned.data();
+      CKV_RETURN_IF_ERROR(CudaStatus(
+          cudaMemcpyAsync(pinned, from, piece, cudaMemcpyDeviceToHost, stream_->get()), "rows"));
+      CKV_RETURN_IF_ERROR(stream_->Synchronize());
+      std::memcpy(destination, pinned, piece);
+      destination += piece;
+      from += piece;
+      bytes -= static_cast<int64_t>(piece);
+    }
+    return absl::OkStatus();
+  }
 
   // Copies the pages' contents from `device` to `host` (both arenas' bases), after all that was
   // launched on stream(). Blocks.
@@ -275,6 +293,31 @@ class CountedLink : public RecordLink {
   Residents& residents_;
 };
 
+// The same for a window.
+class CountedWindow : public RowWindow {
+ public:
+  CountedWindow(std::unique_ptr<RowWindow> window, std::atomic<int>* links, Residents* residents)
+      : window_(std::move(window)), links_(*links), residents_(*residents) {}
+  ~CountedWindow() override {
+    const Residents::Pause pause(&residents_);
+    window_.reset();
+    links_.fetch_sub(1);
+  }
+  int64_t bytes() const override { return window_->bytes(); }
+  absl::StatusOr<TakenChunk> Take(const WindowChunk& chunk,
+                                  absl::Span<const PagedRun> runs) override {
+    return window_->Take(chunk, runs);
+  }
+  absl::Status Read(const WindowChunk& chunk, char* keys, char* values) override {
+    return window_->Read(chunk, keys, values);
+  }
+
+ private:
+  std::unique_ptr<RowWindow> window_;
+  std::atomic<int>& links_;
+  Residents& residents_;
+};
+
 class CudaDevice : public ShardDevice {
  public:
   CudaDevice(int ordinal, std::string name) : ordinal_(ordinal), name_(std::move(name)) {}
@@ -286,6 +329,10 @@ class CudaDevice : public ShardDevice {
   }
   absl::Status Start(const Arena& arena, int lanes) override;
   absl::Status Upload(absl::Span<const uint32_t> pages) override;
+  absl::Status Fetch(absl::Span<const uint32_t> pages) override;
+  absl::Status WriteRows(const PagedRun& run, const char* keys, const char* values) override;
+  absl::Status ReadRows(const PagedRun& run, char* keys, char* values) override;
+  DeviceCopies copies() const override { return {uploaded_bytes_.load(), fetched_bytes_.load()}; }
   absl::StatusOr<std::unique_ptr<DevicePart>> Mirror(const IndexPartView& view,
                                                      absl::Span<const uint32_t> pages) override;
   absl::StatusOr<std::unique_ptr<DevicePart>> Build(const DeviceBuild& build) override;
@@ -301,6 +348,8 @@ class CudaDevice : public ShardDevice {
   // What a resident kernel answers these items from. The items live until it is filled.
   ResidentInput ResidentInputOf(absl::Span<const DeviceSelectItem> items) const;
   Residents& residents() { return residents_; }
+  absl::StatusOr<std::unique_ptr<RowWindow>> OpenWindow(const std::string& handle,
+                                                        int64_t bytes) override;
 
   void FreeList(int64_t begin, int64_t bytes) {
     absl::MutexLock lock(&lists_mutex_);
@@ -315,7 +364,14 @@ class CudaDevice : public ShardDevice {
   std::unique_ptr<CudaPart> MakePart(const IndexPartView& view, absl::Span<const uint32_t> pages);
   absl::Status RunBuild(const DeviceBuild& build, const kernels::IndexCudaParams& params,
                         const CudaPart& part);
-  absl::Status UploadPages(Uploader& uploader, absl::Span<const uint32_t> pages) const;
+  absl::Status UploadPages(Uploader& uploader, absl::Span<const uint32_t> pages);
+  absl::Status FetchPages(Uploader& uploader, absl::Span<const uint32_t> pages);
+  // Where the device has what lies at `host` in the host's arena.
+  std::byte* OnDevice(const std::byte* host) const {
+    return arena_.data() + (host - host_->base());
+  }
+  // Counts one more of the device's links and windows. Errors: ResourceExhausted.
+  absl::Status TakeLinkPlace();
   // Notes a fault and gives it on.
   absl::Status Note(absl::Status status) {
     if (!status.ok() && healthy_.exchange(false) && on_failure_) on_failure_(status);
@@ -334,7 +390,8 @@ class CudaDevice : public ShardDevice {
   const std::string name_;
   std::atomic<bool> healthy_{true};
   std::function<void(const absl::Status&)> on_failure_;
-  std::atomic<int> links_{0};
+  std::atomic<int> links_{0};  // and windows
+  std::atomic<uint64_t> uploaded_bytes_{0}, fetched_bytes_{0};
   Residents residents_;
   const Arena* host_ = nullptr;
   DeviceBuffer arena_;
@@ -344,6 +401,9 @@ class CudaDevice : public ShardDevice {
   absl::Mutex upload_mutex_;
   Uploader uploader_ ABSL_GUARDED_BY(upload_mutex_);
   DeviceBuffer build_workspace_ ABSL_GUARDED_BY(upload_mutex_);
+  // Of rows while they come in, which do not wait for builds.
+  absl::Mutex rows_mutex_;
+  Uploader rows_uploader_ ABSL_GUARDED_BY(rows_mutex_);
   std::vector<Lane> lanes_;
   absl::Mutex lanes_mutex_;
   std::vector<Lane*> free_lanes_ ABSL_GUARDED_BY(lanes_mutex_);
@@ -371,6 +431,10 @@ absl::Status CudaDevice::Start(const Arena& arena, int lanes) {
   {
     absl::MutexLock lock(&upload_mutex_);
     CKV_RETURN_IF_ERROR(uploader_.Start(ordinal_));
+    {
+      absl::MutexLock rows_lock(&rows_mutex_);
+      CKV_RETURN_IF_ERROR(rows_uploader_.Start(ordinal_));
+    }
     CKV_ASSIGN_OR_RETURN(
         build_workspace_,
         DeviceBuffer::Create(ordinal_, std::max(kMinBuildBytes, arena_.bytes() / 16)));
@@ -390,8 +454,9 @@ absl::Status CudaDevice::Start(const Arena& arena, int lanes) {
   return absl::OkStatus();
 }
 
-absl::Status CudaDevice::UploadPages(Uploader& uploader, absl::Span<const uint32_t> pages) const {
+absl::Status CudaDevice::UploadPages(Uploader& uploader, absl::Span<const uint32_t> pages) {
   const int64_t page_bytes = host_->page_bytes();
+  uploaded_bytes_.fetch_add(pages.size() * static_cast<uint64_t>(page_bytes));
   for (uint32_t page : pages) {
     const int64_t at = static_cast<int64_t>(page) * page_bytes;
     CKV_RETURN_IF_ERROR(uploader.Add(arena_.data() + at, host_->base() + at, page_bytes));
@@ -404,6 +469,58 @@ absl::Status CudaDevice::Upload(absl::Span<const uint32_t> pages) {
   absl::MutexLock lock(&upload_mutex_);
   CKV_RETURN_IF_ERROR(Note(UploadPages(uploader_, pages)));
   return Note(uploader_.Finish());
+}
+
+absl::Status CudaDevice::FetchPages(Uploader& uploader, absl::Span<const uint32_t> pages) {
+  fetched_bytes_.fetch_add(pages.size() * static_cast<uint64_t>(host_->page_bytes()));
+  return uploader.Fetch(pages, host_->page_bytes(), arena_.data(), host_->base());
+}
+
+absl::Status CudaDevice::Fetch(absl::Span<const uint32_t> pages) {
+  const ScopedDevice scoped(ordinal_);
+  absl::MutexLock lock(&rows_mutex_);
+  return Note(FetchPages(rows_uploader_, pages));
+}
+
+// Calls f(at, offset, bytes) for each piece of the run's rows in `view` that lies in one page, with
+// its place among the packed rows, until a call fails.
+template <typename F>
+absl::Status ForEachPiece(const kernels::MutablePagedView& view, const PagedRun& run, const F& f) {
+  absl::Status status;
+  kernels::ForEachRun(
+      view, run.first, run.first + run.rows, [&](std::byte* at, int64_t first, int64_t count) {
+        if (!status.ok()) return;
+        status = f(at, (first - run.first) * view.element_bytes, count * view.element_bytes);
+      });
+  return status;
+}
+
+absl::Status CudaDevice::WriteRows(const PagedRun& run, const char* keys, const char* values) {
+  const ScopedDevice scoped(ordinal_);
+  absl::MutexLock lock(&rows_mutex_);
+  for (const auto& [view, packed] : {std::pair(&run.keys, keys), std::pair(&run.values, values)}) {
+    const auto add = [&, from = packed](const std::byte* at, int64_t offset, int64_t bytes)
+                         ABSL_NO_THREAD_SAFETY_ANALYSIS {
+                           uploaded_bytes_.fetch_add(static_cast<uint64_t>(bytes));
+                           return rows_uploader_.Add(OnDevice(at), from + offset, bytes);
+                         };
+    CKV_RETURN_IF_ERROR(Note(ForEachPiece(*view, run, add)));
+  }
+  return Note(rows_uploader_.Finish());
+}
+
+absl::Status CudaDevice::ReadRows(const PagedRun& run, char* keys, char* values) {
+  const ScopedDevice scoped(ordinal_);
+  absl::MutexLock lock(&rows_mutex_);
+  for (const auto& [view, packed] : {std::pair(&run.keys, keys), std::pair(&run.values, values)}) {
+    const auto read = [&, to = packed](const std::byte* at, int64_t offset, int64_t bytes)
+                          ABSL_NO_THREAD_SAFETY_ANALYSIS {
+                            fetched_bytes_.fetch_add(static_cast<uint64_t>(bytes));
+                            return rows_uploader_.Read(to + offset, OnDevice(at), bytes);
+                          };
+    CKV_RETURN_IF_ERROR(Note(ForEachPiece(*view, run, read)));
+  }
+  return absl::OkStatus();
 }
 
 std::unique_ptr<CudaPart> CudaDevice::MakePart(const IndexPartView& view,
@@ -529,8 +646,10 @@ absl::Status CudaDevice::RunBuild(const DeviceBuild& build, const kernels::Index
   CKV_RETURN_IF_ERROR(add(scratch + rms_at, from.query_rms.data(), from.query_rms.size() * 4));
   CKV_RETURN_IF_ERROR(
       add(lists_.data() + part.list_begin, build.pages.data(), build.pages.size() * 4));
-  CKV_RETURN_IF_ERROR(Note(UploadPages(uploader_, key_pages)));
-  CKV_RETURN_IF_ERROR(Note(UploadPages(uploader_, value_pages)));
+  if (!build.rows_on_device) {
+    CKV_RETURN_IF_ERROR(Note(UploadPages(uploader_, key_pages)));
+    CKV_RETURN_IF_ERROR(Note(UploadPages(uploader_, value_pages)));
+  }
   CKV_RETURN_IF_ERROR(Note(uploader_.Flush()));
   kernels::IndexCudaInput input;
   input.keys = rows(from.keys, keys_at);
@@ -546,7 +665,7 @@ absl::Status CudaDevice::RunBuild(const DeviceBuild& build, const kernels::Index
     return absl::UnavailableError("parameters that the device's kernels do not take");
   }
   CKV_RETURN_IF_ERROR(Note(CudaStatus(launched, "build")));
-  return Note(uploader_.Fetch(build.pages, host_->page_bytes(), arena_.data(), host_->base()));
+  return Note(FetchPages(uploader_, build.pages));
 }
 
 // --- select
@@ -837,10 +956,7 @@ absl::StatusOr<std::unique_ptr<RecordLink>> CudaDevice::Connect(const LinkSetup&
     return absl::ResourceExhaustedError(absl::StrCat(
         "messages: expected at most ", kMaxMessageBytes, " bytes, got ", setup.max_message_bytes));
   }
-  if (links_.fetch_add(1) >= kMaxLinks) {
-    links_.fetch_sub(1);
-    return absl::ResourceExhaustedError(absl::StrCat("links: at most ", kMaxLinks));
-  }
+  CKV_RETURN_IF_ERROR(TakeLinkPlace());
   const Residents::Pause pause(&residents_);
   absl::StatusOr<std::unique_ptr<RecordLink>> link =
       setup.kind == v1::LINK_PEER ? ConnectPeerLink(ordinal_, setup)
@@ -851,6 +967,34 @@ absl::StatusOr<std::unique_ptr<RecordLink>> CudaDevice::Connect(const LinkSetup&
   }
   return std::unique_ptr<RecordLink>(
       std::make_unique<CountedLink>(*std::move(link), &links_, &residents_));
+}
+
+absl::Status CudaDevice::TakeLinkPlace() {
+  if (links_.fetch_add(1) < kMaxLinks) return absl::OkStatus();
+  links_.fetch_sub(1);
+  return absl::ResourceExhaustedError(absl::StrCat("links: at most ", kMaxLinks));
+}
+
+absl::StatusOr<std::unique_ptr<RowWindow>> CudaDevice::OpenWindow(const std::string& handle,
+                                                                  int64_t bytes) {
+  const ScopedDevice scoped(ordinal_);
+  if (std::string why = WhyNoLink(v1::LINK_PEER); !why.empty()) return absl::UnavailableError(why);
+  RowWindowSetup setup;
+  setup.device = ordinal_;
+  setup.handle = handle;
+  setup.bytes = bytes;
+  setup.arena = arena_.data();
+  setup.page_bytes = host_->page_bytes();
+  setup.failed = [this](const absl::Status& status) { Note(status).IgnoreError(); };
+  CKV_RETURN_IF_ERROR(TakeLinkPlace());
+  const Residents::Pause pause(&residents_);
+  absl::StatusOr<std::unique_ptr<RowWindow>> window = OpenRowWindow(std::move(setup));
+  if (!window.ok()) {
+    links_.fetch_sub(1);
+    return window.status();
+  }
+  return std::unique_ptr<RowWindow>(
+      std::make_unique<CountedWindow>(*std::move(window), &links_, &residents_));
 }
 
 // --- resident kernels

@@ -39,6 +39,20 @@ absl::Status CopyOf(const absl::Status& status) {
                         MetadataOf(status));
 }
 
+absl::Status ChecksumMismatch(std::string_view field, int64_t layer, uint64_t expected,
+                              uint64_t got) {
+  return Error(v1::CHECKSUM_MISMATCH,
+               absl::StrCat(std::string(field), ": expected ", absl::Hex(expected), ", got ",
+                            absl::Hex(got)),
+               {{"field", "checksum"}, {"layer", absl::StrCat(layer)}});
+}
+
+absl::Status DeviceLost() {
+  return Error(v1::DEVICE_LOST,
+               "the GPU failed that alone held rows of this layer: put the prompt again, as a new "
+               "sequence");
+}
+
 absl::Status ServerEnding() {
   return Error(v1::CANCELLED_BY_CLIENT, "the server is ending; queued work is given up");
 }

@@ -21,6 +21,11 @@ absl::Status SequenceReleased(std::string_view name, uint64_t generation);
 // The same status with parts of its own. What several threads are told of is copied: a status's
 // shared parts are counted inside the distribution's library, where ThreadSanitizer sees no order.
 absl::Status CopyOf(const absl::Status& status);
+// CHECKSUM_MISMATCH of a layer's chunk.
+absl::Status ChecksumMismatch(std::string_view field, int64_t layer, uint64_t expected,
+                              uint64_t got);
+// The device failed, and rows with it that lay there alone.
+absl::Status DeviceLost();
 // The server ends: queued work is answered with this.
 absl::Status ServerEnding();
 

@@ -4,6 +4,7 @@
 #include <string>
 #include <utility>
 
+#include "cache_service/errors.h"
 #include "kernels/base/status_macros.h"
 #include "proto/error.h"
 
@@ -40,14 +41,19 @@ int64_t IndexPart::TaskScratchBytes(const kernels::KvShape& shape,
 }
 
 absl::Status IndexPart::Build(const kernels::IndexInput& input, kernels::ParallelFor parallel_for,
-                              ShardDevice* device, const IndexPart* first) {
+                              ShardDevice* device, const IndexPart* first,
+                              absl::Span<const PageBlock> device_rows) {
   if (device != nullptr && !device->healthy()) device = nullptr;
   if (device != nullptr) {
     DeviceBuild build{shape_, params_, &codec_, &input, nullptr, mutable_view_, block_.pages()};
+    build.rows_on_device = !device_rows.empty();
     if (first != nullptr) build.inherited = first->device_part();
     if (auto built = device->Build(build); built.ok()) device_part_ = *std::move(built);
   }
   if (device_part_ == nullptr) {
+    for (const PageBlock& block : device_rows) {
+      if (device == nullptr || !device->Fetch(block.pages()).ok()) return DeviceLost();
+    }
     const absl::Status status =
         kernels::BuildIndexPart(shape_, params_, codec_, input, mutable_view_, parallel_for);
     if (!status.ok()) return Error(v1::INTERNAL_ERROR, std::string(status.message()));

@@ -11,6 +11,7 @@
 
 #include "absl/status/status.h"
 #include "absl/status/statusor.h"
+#include "absl/types/span.h"
 #include "cache_service/arena.h"
 #include "cache_service/memory_account.h"
 #include "cache_service/shard_device.h"
@@ -39,10 +40,13 @@ class IndexPart {
                                   int64_t tokens);
 
   // Builds the index, seals the pages and takes the digest; on `device` too, if that is neither
-  // null nor failed. `first` is the part whose channels the input inherits, or null. Once.
-  // Errors: INTERNAL_ERROR when the kernel refuses what this service gave it.
+  // null nor failed. `first` is the part whose channels the input inherits, or null. `device_rows`:
+  // pages of the input's rows that lie on the device alone; they are fetched if the host builds.
+  // Once. Errors: INTERNAL_ERROR when the kernel refuses what this service gave it; DEVICE_LOST
+  // when the rows are gone with the device.
   absl::Status Build(const kernels::IndexInput& input, kernels::ParallelFor parallel_for,
-                     ShardDevice* device, const IndexPart* first);
+                     ShardDevice* device, const IndexPart* first,
+                     absl::Span<const PageBlock> device_rows = {});
 
   const kernels::IndexPartView& view() const { return view_; }
   const kernels::IndexParams& params() const { return params_; }

@@ -277,18 +277,24 @@ void Sequence::BuildPrompt(int64_t layer_index, kernels::ParallelFor parallel_fo
   PublishBuild(layer_index, std::move(part), /*is_window=*/false);
 }
 
+absl::Status Sequence::SealSinks(const StoredRows& stored) {
+  ShardDevice* const device = services_.device;
+  for (const PageBlock& block : stored.sinks->blocks()) {
+    if (stored.on_device) {
+      if (!device->healthy() || !device->Fetch(block.pages()).ok()) return DeviceLost();
+    } else if (device != nullptr && device->healthy()) {
+      // A failure is the device's end, after which the host answers.
+      device->Upload(block.pages()).IgnoreError();
+    }
+  }
+  stored.sinks->Seal();
+  return absl::OkStatus();
+}
+
 absl::StatusOr<std::shared_ptr<const IndexPart>> Sequence::ClusterPrompt(
     const StoredRows& stored, absl::Span<const float> query_rms,
     kernels::ParallelFor parallel_for) {
-  if (stored.sinks != nullptr) {
-    stored.sinks->Seal();
-    if (services_.device != nullptr && services_.device->healthy()) {
-      for (const PageBlock& block : stored.sinks->blocks()) {
-        // A failure is the device's end, after which the host answers.
-        services_.device->Upload(block.pages()).IgnoreError();
-      }
-    }
-  }
+  if (stored.sinks != nullptr) CKV_RETURN_IF_ERROR(SealSinks(stored));
   const int64_t first = sink_tokens(), tokens = params_.prompt_tokens - first;
   if (tokens == 0) return std::shared_ptr<const IndexPart>();
   CKV_ASSIGN_OR_RETURN(
@@ -298,7 +304,9 @@ absl::StatusOr<std::shared_ptr<const IndexPart>> Sequence::ClusterPrompt(
   input.keys = stored.staging->Keys(tokens);
   input.values = stored.staging->Values(tokens);
   if (params_.metric == v1::METRIC_BALANCED) input.query_rms = query_rms;
-  CKV_RETURN_IF_ERROR(part->Build(input, parallel_for, services_.device, nullptr));
+  CKV_RETURN_IF_ERROR(part->Build(input, parallel_for, services_.device, nullptr,
+                                  stored.on_device ? absl::MakeConstSpan(stored.staging->blocks())
+                                                   : absl::Span<const PageBlock>()));
   return part;
 }
 
@@ -440,12 +448,12 @@ void Sequence::End(const absl::Status& reason) {
 
 // --- the log of chunks
 
-void Sequence::ChunkLog::Add(TokenSpan span, uint64_t hash) {
+void Sequence::ChunkLog::Add(TokenSpan span, ChunkHash hash) {
   hashes_.insert_or_assign({span.begin, span.end}, hash);
   if (hashes_.size() > kMaxEntries) hashes_.erase(hashes_.begin());
 }
 
-std::optional<uint64_t> Sequence::ChunkLog::Find(TokenSpan span) const {
+std::optional<Sequence::ChunkHash> Sequence::ChunkLog::Find(TokenSpan span) const {
   const auto it = hashes_.find({span.begin, span.end});
   if (it == hashes_.end()) return std::nullopt;
   return it->second;

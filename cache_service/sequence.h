@@ -94,6 +94,9 @@ class Sequence : public std::enable_shared_from_this<Sequence> {
 
   // --- ingest (sequence_ingest.cc), as in Shard
   absl::Status PutChunk(const KvChunkView& chunk);
+  // From a window (sequence_window.cc). Errors beside PutChunk's: INVALID_FIELD for a chunk beyond
+  // the window; DEVICE_LOST.
+  absl::Status PutWindow(const WindowChunkView& chunk);
   absl::Status PutStatistics(int64_t layer, absl::Span<const float> query_rms);
   std::vector<uint32_t> CompleteLayers() const;
   void Seal(const CallContext& context, std::function<void(absl::StatusOr<v1::Sequence>)> done);
@@ -151,17 +154,23 @@ class Sequence : public std::enable_shared_from_this<Sequence> {
  private:
   friend class SequenceTestPeer;
 
-  // XXH3 of the bytes of accepted chunks, to tell a duplicate from a conflict when the bytes are
-  // no longer there as they came. Bounded: it forgets the lowest tokens first, and what it forgot
-  // cannot be compared.
+  // Of the bytes of an accepted chunk: XXH3 of those that came by PutKv, RowsHash of those that
+  // came by a window.
+  struct ChunkHash {
+    uint64_t hash = 0;
+    bool by_window = false;
+  };
+  // Hashes of accepted chunks, to tell a duplicate from a conflict when the bytes are no longer
+  // there as they came. Bounded: it forgets the lowest tokens first, and what it forgot cannot be
+  // compared.
   class ChunkLog {
    public:
-    void Add(TokenSpan span, uint64_t hash);
-    std::optional<uint64_t> Find(TokenSpan span) const;
+    void Add(TokenSpan span, ChunkHash hash);
+    std::optional<ChunkHash> Find(TokenSpan span) const;
 
    private:
     static constexpr size_t kMaxEntries = 4096;
-    std::map<std::pair<int64_t, int64_t>, uint64_t> hashes_;
+    std::map<std::pair<int64_t, int64_t>, ChunkHash> hashes_;
   };
 
   struct Waiter {
@@ -183,8 +192,9 @@ class Sequence : public std::enable_shared_from_this<Sequence> {
     std::vector<float> query_rms;  // empty: none came
     std::shared_ptr<PagedRows> sinks;
     std::shared_ptr<PagedRows> staging;  // of the prompt without sinks; null once clustered
-    int64_t end_token = 0;               // prompt and appended tokens, once the prompt is in
-    std::deque<Window> windows;          // in token order; the last may be filling
+    bool on_device = false;  // rows of sinks and staging lie in the device's pages, not the host's
+    int64_t end_token = 0;   // prompt and appended tokens, once the prompt is in
+    std::deque<Window> windows;  // in token order; the last may be filling
     int64_t builds_queued = 0, builds_done = 0;
     std::deque<Waiter> waiters;
     absl::Status failure;                           // of a build
@@ -206,8 +216,22 @@ class Sequence : public std::enable_shared_from_this<Sequence> {
   // Where a layer's tokens lie, to be read without the lock.
   struct StoredRows {
     std::shared_ptr<PagedRows> sinks, staging;
+    bool on_device = false;  // of sinks and staging
     std::vector<Window> windows;
     std::shared_ptr<const LayerSnapshot> snapshot;
+  };
+  // What a chunk may do that has claimed its tokens.
+  struct Claim {
+    StoredRows stored;
+    std::vector<TokenSpan> present, missing;
+    std::optional<ChunkHash> logged;  // of these very tokens, all present
+  };
+  // Rows of a chunk that lie one after the other in `rows`.
+  struct RowsRun {
+    PagedRows* rows = nullptr;
+    TokenSpan span;
+    int64_t first = 0;  // row of span.begin
+    PagedRun paged() const;
   };
 
   // XXH3-64 of keys, then values.
@@ -216,19 +240,33 @@ class Sequence : public std::enable_shared_from_this<Sequence> {
   int64_t row_bytes() const { return RowBytes(params_.shape); }
   TokenSpan prompt() const { return {0, params_.prompt_tokens}; }
 
+  absl::Status CheckTokens(int64_t first_token, int64_t tokens) const;
   absl::Status CheckRows(int64_t layer, TokenSpan span, std::string_view keys,
                          std::string_view values) const;
   absl::Status CheckFinite(int64_t layer, TokenSpan span, std::string_view rows,
                            std::string_view field) const;
+  // NON_FINITE_KEY of element `bad` of the span's rows.
+  absl::Status NonFinite(int64_t layer, TokenSpan span, std::string_view field, int64_t bad) const;
   absl::StatusOr<PageBlock> AllocateEvicting(MemoryUse use, int64_t pages) const;
   absl::Status EnsureStaging(int64_t layer);
-  absl::Status ClaimChunk(const KvChunkView& chunk, StoredRows* stored,
-                          std::vector<TokenSpan>* present, std::vector<TokenSpan>* missing,
-                          std::optional<uint64_t>* logged);
-  void CommitChunk(const KvChunkView& chunk, uint64_t hash, bool accepted);
+  // by_window: the first chunk of a layer decides by it where the layer's rows lie.
+  absl::StatusOr<Claim> ClaimChunk(int64_t layer, TokenSpan span, bool by_window);
+  // Ends the claim. hash: the chunk is in, and had it; nullopt: it is not.
+  void CommitChunk(int64_t layer, TokenSpan span, std::optional<ChunkHash> hash);
+  WindowChunk WindowChunkOf(const WindowChunkView& chunk) const;
+  // Whether rows whose XXH3 is `hash` are those that were logged.
+  bool SameBytes(const ChunkHash& logged, uint64_t hash, const PackedRows& rows) const;
+  absl::Status TakeWindow(const WindowChunkView& chunk, TokenSpan span, const StoredRows& stored,
+                          ChunkHash* hash) const;
   absl::Status CompareStored(int64_t layer, const StoredRows& stored, const PackedRows& rows) const;
   absl::Status CompareRecords(int64_t layer, const IndexPart& part, const PackedRows& rows) const;
-  void WriteRows(const StoredRows& stored, const PackedRows& rows) const;
+  // In sinks and staging; the first of `rows` that differs, or -1. Errors: DEVICE_LOST.
+  absl::StatusOr<int64_t> FirstDifference(const StoredRows& stored, const RowsRun& run,
+                                          const PackedRows& rows) const;
+  // Errors: DEVICE_LOST.
+  absl::Status WriteRows(const StoredRows& stored, const PackedRows& rows) const;
+  // Where the span's rows lie in sinks and staging, what is not there left out.
+  std::vector<RowsRun> RunsOf(const StoredRows& stored, TokenSpan span) const;
 
   bool released() const ABSL_EXCLUSIVE_LOCKS_REQUIRED(mutex_) { return !end_reason_.ok(); }
   v1::SequenceState StateLocked() const ABSL_EXCLUSIVE_LOCKS_REQUIRED(mutex_);
@@ -242,6 +280,8 @@ class Sequence : public std::enable_shared_from_this<Sequence> {
 
   void QueuePromptBuild(int64_t layer);
   void BuildPrompt(int64_t layer, kernels::ParallelFor parallel_for);
+  // Brings the sinks to where the other one (host, device) has them too. Errors: DEVICE_LOST.
+  absl::Status SealSinks(const StoredRows& stored);
   absl::StatusOr<std::shared_ptr<const IndexPart>> ClusterPrompt(const StoredRows& stored,
                                                                  absl::Span<const float> query_rms,
                                                                  kernels::ParallelFor parallel_for);

@@ -14,11 +14,11 @@ namespace clusterkv::cache_service {
 // What an append does to one layer.
 struct Sequence::AppendPlan {
   int64_t layer = 0;
-  PackedRows rows;                 // all of the request
-  TokenSpan fresh;                 // of them, to be written
-  uint64_t hash = 0;               // of rows
-  std::optional<uint64_t> logged;  // of the same tokens, put before
-  StoredRows stored;               // what the others are compared with
+  PackedRows rows;                  // all of the request
+  TokenSpan fresh;                  // of them, to be written
+  uint64_t hash = 0;                // of rows
+  std::optional<ChunkHash> logged;  // of the same tokens, put before
+  StoredRows stored;                // what the others are compared with
   // The windows that take `fresh`: the one that is filling (if any), then new ones. Those that
   // become full have their part.
   std::vector<Window> windows;
@@ -32,7 +32,8 @@ absl::StatusOr<v1::AppendKvResponse> Sequence::Append(const v1::AppendKvRequest&
   CKV_RETURN_IF_ERROR(PlanAppend(request, &plans));
   for (const AppendPlan& plan : plans) {
     const TokenSpan old{plan.rows.span.begin, plan.fresh.begin};
-    if (old.size() == 0 || plan.logged == plan.hash) continue;
+    if (old.size() == 0) continue;
+    if (plan.logged.has_value() && SameBytes(*plan.logged, plan.hash, plan.rows)) continue;
     CKV_RETURN_IF_ERROR(CompareStored(plan.layer, plan.stored, plan.rows.Sub(old, row_bytes())));
   }
   CKV_RETURN_IF_ERROR(AllocateAppend(plans));
@@ -152,7 +153,7 @@ absl::Status Sequence::PublishAppend(std::vector<AppendPlan>& plans,
           layer.windows.push_back(std::move(window));
         }
         layer.end_token = plan.fresh.end;
-        layer.log.Add(plan.rows.span, plan.hash);
+        layer.log.Add(plan.rows.span, {plan.hash});
         bytes += static_cast<uint64_t>(2 * plan.fresh.size() * row_bytes());
         if (was_idle && layer.builds_done != layer.builds_queued) to_build.push_back(plan.layer);
       }

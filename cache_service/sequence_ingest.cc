@@ -12,6 +12,7 @@
 #include "cache_service/errors.h"
 #include "cache_service/sequence.h"
 #include "kernels/base/status_macros.h"
+#include "kernels/ingest/rows_hash.h"
 
 namespace clusterkv::cache_service {
 namespace {
@@ -52,6 +53,12 @@ absl::Status Sequence::CheckFinite(int64_t layer, TokenSpan span, std::string_vi
                          span.size() * shape.kv_heads * shape.head_dim, &bad)) {
     return absl::OkStatus();
   }
+  return NonFinite(layer, span, field, bad);
+}
+
+absl::Status Sequence::NonFinite(int64_t layer, TokenSpan span, std::string_view field,
+                                 int64_t bad) const {
+  const kernels::KvShape& shape = params_.shape;
   const int64_t channel = bad % shape.head_dim, head = bad / shape.head_dim % shape.kv_heads;
   const int64_t token = span.begin + bad / (shape.head_dim * shape.kv_heads);
   return Error(v1::NON_FINITE_KEY,
@@ -64,6 +71,19 @@ absl::Status Sequence::CheckFinite(int64_t layer, TokenSpan span, std::string_vi
                 {"token", absl::StrCat(token)},
                 {"head", absl::StrCat(head)},
                 {"channel", absl::StrCat(channel)}});
+}
+
+absl::Status Sequence::CheckTokens(int64_t first_token, int64_t tokens) const {
+  if (tokens >= 1 && first_token >= 0 && first_token <= params_.prompt_tokens - tokens) {
+    return absl::OkStatus();
+  }
+  // Numbers of the caller's, whose sum may be none.
+  int64_t end = 0;
+  const bool ends = !__builtin_add_overflow(first_token, tokens, &end);
+  return FieldError(v1::TOKENS_OUT_OF_RANGE, "tokens",
+                    absl::StrCat("a range in [0, ", params_.prompt_tokens, ")"),
+                    absl::StrCat("[", first_token, ", ",
+                                 ends ? absl::StrCat(end) : std::string("2^63 or more"), ")"));
 }
 
 absl::Status Sequence::CheckRows(int64_t layer, TokenSpan span, std::string_view keys,
@@ -128,150 +148,183 @@ absl::Status Sequence::EnsureStaging(int64_t layer_index) {
 absl::Status Sequence::PutChunk(const KvChunkView& chunk) {
   const CallCounter::Scope scope(services_.calls);
   CKV_RETURN_IF_ERROR(CheckLayer(chunk.layer));
-  if (chunk.tokens < 1 || chunk.first_token < 0 ||
-      chunk.first_token > params_.prompt_tokens - chunk.tokens) {
-    // Numbers of the caller's, whose sum may be none.
-    int64_t end = 0;
-    const bool ends = !__builtin_add_overflow(chunk.first_token, chunk.tokens, &end);
-    return FieldError(v1::TOKENS_OUT_OF_RANGE, "tokens",
-                      absl::StrCat("a range in [0, ", params_.prompt_tokens, ")"),
-                      absl::StrCat("[", chunk.first_token, ", ",
-                                   ends ? absl::StrCat(end) : std::string("2^63 or more"), ")"));
-  }
+  CKV_RETURN_IF_ERROR(CheckTokens(chunk.first_token, chunk.tokens));
   const TokenSpan span{chunk.first_token, chunk.first_token + chunk.tokens};
   CKV_RETURN_IF_ERROR(CheckRows(chunk.layer, span, chunk.keys, chunk.values));
   const uint64_t hash = HashRows(chunk.keys, chunk.values);
   if (chunk.checksum != 0 && chunk.checksum != hash) {
-    return Error(v1::CHECKSUM_MISMATCH,
-                 absl::StrCat("chunk.checksum: expected ", absl::Hex(hash), ", got ",
-                              absl::Hex(chunk.checksum)),
-                 {{"field", "checksum"}, {"layer", absl::StrCat(chunk.layer)}});
+    return ChecksumMismatch("chunk.checksum", chunk.layer, hash, chunk.checksum);
   }
   CKV_RETURN_IF_ERROR(EnsureStaging(chunk.layer));
 
-  StoredRows stored;
-  std::vector<TokenSpan> present, missing;
-  std::optional<uint64_t> logged;
-  CKV_RETURN_IF_ERROR(ClaimChunk(chunk, &stored, &present, &missing, &logged));
+  CKV_ASSIGN_OR_RETURN(const Claim claim, ClaimChunk(chunk.layer, span, /*by_window=*/false));
   const PackedRows rows{span, chunk.keys.data(), chunk.values.data()};
   absl::Status status;
-  if (logged.has_value()) {
-    if (*logged != hash) status = Conflict(chunk.layer, span.begin, kOtherBytes);
+  if (claim.logged.has_value()) {
+    if (!SameBytes(*claim.logged, hash, rows)) {
+      status = Conflict(chunk.layer, span.begin, kOtherBytes);
+    }
   } else {
-    for (const TokenSpan& sub : present) {
-      status = CompareStored(chunk.layer, stored, rows.Sub(sub, row_bytes()));
+    for (const TokenSpan& sub : claim.present) {
+      status = CompareStored(chunk.layer, claim.stored, rows.Sub(sub, row_bytes()));
       if (!status.ok()) break;
     }
   }
-  if (status.ok()) {
-    for (const TokenSpan& sub : missing) WriteRows(stored, rows.Sub(sub, row_bytes()));
+  for (size_t i = 0; status.ok() && i < claim.missing.size(); ++i) {
+    status = WriteRows(claim.stored, rows.Sub(claim.missing[i], row_bytes()));
   }
-  CommitChunk(chunk, hash, status.ok());
+  CommitChunk(chunk.layer, span, status.ok() ? std::make_optional(ChunkHash{hash}) : std::nullopt);
   return status;
 }
 
-absl::Status Sequence::ClaimChunk(const KvChunkView& chunk, StoredRows* stored,
-                                  std::vector<TokenSpan>* present, std::vector<TokenSpan>* missing,
-                                  std::optional<uint64_t>* logged) {
-  const TokenSpan span{chunk.first_token, chunk.first_token + chunk.tokens};
+bool Sequence::SameBytes(const ChunkHash& logged, uint64_t hash, const PackedRows& rows) const {
+  if (!logged.by_window) return logged.hash == hash;
+  const auto bytes = static_cast<size_t>(rows.span.size() * row_bytes());
+  return logged.hash == kernels::RowsHash(rows.keys, rows.values, bytes);
+}
+
+absl::StatusOr<Sequence::Claim> Sequence::ClaimChunk(int64_t layer_index, TokenSpan span,
+                                                     bool by_window) {
   absl::MutexLock lock(&mutex_);
   // Who holds a claim on these tokens is copying them: microseconds.
   const auto unclaimed = [&]() ABSL_NO_THREAD_SAFETY_ANALYSIS {
     if (released()) return true;
-    const auto& claims = layers_[static_cast<size_t>(chunk.layer)].claims;
+    const auto& claims = layers_[static_cast<size_t>(layer_index)].claims;
     return std::none_of(claims.begin(), claims.end(),
                         [&](const TokenSpan& claim) { return claim.Overlaps(span); });
   };
   mutex_.Await(absl::Condition(&unclaimed));
   if (released()) return CopyOf(end_reason_);
-  Layer& layer = layers_[static_cast<size_t>(chunk.layer)];
-  *present = layer.received.Present(span);
-  *missing = layer.received.Missing(span);
-  *stored = StoredLocked(layer);
-  if (missing->empty()) *logged = layer.log.Find(span);
+  Layer& layer = layers_[static_cast<size_t>(layer_index)];
+  Claim claim;
+  claim.present = layer.received.Present(span);
+  claim.missing = layer.received.Missing(span);
+  if (claim.missing.empty()) claim.logged = layer.log.Find(span);
   if (layer.received.ranges() + static_cast<int64_t>(layer.claims.size()) >= kMaxRanges &&
-      !missing->empty()) {
+      !claim.missing.empty()) {
     return LimitError("ranges of a layer", kMaxRanges, kMaxRanges + 1);
   }
   int64_t claimed = 0;
-  for (const TokenSpan& claim : layer.claims) claimed += claim.size();
+  for (const TokenSpan& other : layer.claims) claimed += other.size();
   int64_t new_tokens = 0;
-  for (const TokenSpan& sub : *missing) new_tokens += sub.size();
+  for (const TokenSpan& sub : claim.missing) new_tokens += sub.size();
   const bool last =
       new_tokens > 0 && layer.received.tokens() + claimed + new_tokens >= params_.prompt_tokens;
   if (last && params_.metric_required && layer.query_rms.empty()) {
     return FieldError(v1::INVALID_FIELD, "statistics.query_rms",
                       "one before the layer's last chunk, for METRIC_BALANCED was asked for",
-                      absl::StrCat("none for layer ", chunk.layer));
+                      absl::StrCat("none for layer ", layer_index));
   }
+  if (layer.received.tokens() == 0 && layer.claims.empty()) {
+    layer.on_device = by_window && services_.device->healthy();
+  }
+  claim.stored = StoredLocked(layer);
   layer.claims.push_back(span);
-  return absl::OkStatus();
+  return claim;
 }
 
-void Sequence::CommitChunk(const KvChunkView& chunk, uint64_t hash, bool accepted) {
-  const TokenSpan span{chunk.first_token, chunk.first_token + chunk.tokens};
+void Sequence::CommitChunk(int64_t layer_index, TokenSpan span, std::optional<ChunkHash> hash) {
   bool complete = false;
   {
     absl::MutexLock lock(&mutex_);
     if (released()) return;
-    Layer& layer = layers_[static_cast<size_t>(chunk.layer)];
+    Layer& layer = layers_[static_cast<size_t>(layer_index)];
     layer.claims.erase(std::find(layer.claims.begin(), layer.claims.end(), span));
-    if (!accepted) return;
+    if (!hash.has_value()) return;
     const bool was_complete = layer.received.tokens() == params_.prompt_tokens;
     layer.received.Add(span);
-    layer.log.Add(span, hash);
+    layer.log.Add(span, *hash);
     complete = !was_complete && layer.received.tokens() == params_.prompt_tokens;
     if (complete) {
       layer.end_token = params_.prompt_tokens;
       ++layer.builds_queued;
     }
   }
-  services_.counters->ingested_bytes.fetch_add(chunk.keys.size() + chunk.values.size());
-  if (complete) QueuePromptBuild(chunk.layer);
+  const auto bytes = static_cast<uint64_t>(2 * span.size() * row_bytes());
+  services_.counters->ingested_bytes.fetch_add(bytes);
+  if (hash->by_window) services_.counters->window_bytes.fetch_add(bytes);
+  if (complete) QueuePromptBuild(layer_index);
 }
 
-void Sequence::WriteRows(const StoredRows& stored, const PackedRows& rows) const {
+std::vector<Sequence::RowsRun> Sequence::RunsOf(const StoredRows& stored, TokenSpan span) const {
   const int64_t sinks = sink_tokens();
-  if (rows.span.begin < sinks) {
-    const PackedRows head =
-        rows.Sub({rows.span.begin, std::min(rows.span.end, sinks)}, row_bytes());
-    stored.sinks->Write(head.span.begin, head.span.size(), head.keys, head.values);
+  std::vector<RowsRun> runs;
+  if (stored.sinks != nullptr && span.begin < sinks) {
+    runs.push_back({stored.sinks.get(), {span.begin, std::min(span.end, sinks)}, span.begin});
   }
-  if (rows.span.end > sinks) {
-    const PackedRows tail =
-        rows.Sub({std::max(rows.span.begin, sinks), rows.span.end}, row_bytes());
-    stored.staging->Write(tail.span.begin - sinks, tail.span.size(), tail.keys, tail.values);
+  if (stored.staging != nullptr && span.end > sinks) {
+    const int64_t begin = std::max(span.begin, sinks);
+    runs.push_back({stored.staging.get(), {begin, span.end}, begin - sinks});
   }
+  return runs;
+}
+
+PagedRun Sequence::RowsRun::paged() const {
+  const int64_t end = first + span.size();
+  return {rows->Keys(end), rows->Values(end), first, span.size()};
+}
+
+absl::Status Sequence::WriteRows(const StoredRows& stored, const PackedRows& rows) const {
+  for (const RowsRun& run : RunsOf(stored, rows.span)) {
+    const PackedRows packed = rows.Sub(run.span, row_bytes());
+    if (!stored.on_device) {
+      run.rows->Write(run.first, run.span.size(), packed.keys, packed.values);
+    } else if (!services_.device->healthy() ||
+               !services_.device->WriteRows(run.paged(), packed.keys, packed.values).ok()) {
+      return DeviceLost();
+    }
+  }
+  return absl::OkStatus();
 }
 
 // --- comparing with what is stored
 
 Sequence::StoredRows Sequence::StoredLocked(const Layer& layer) const {
-  return {layer.sinks, layer.staging, {layer.windows.begin(), layer.windows.end()}, layer.snapshot};
+  // Once it is clustered the host has the sinks too.
+  const bool on_device = layer.on_device && layer.snapshot == nullptr;
+  return {layer.sinks,
+          layer.staging,
+          on_device,
+          {layer.windows.begin(), layer.windows.end()},
+          layer.snapshot};
+}
+
+absl::StatusOr<int64_t> Sequence::FirstDifference(const StoredRows& stored, const RowsRun& run,
+                                                  const PackedRows& rows) const {
+  const int64_t count = run.span.size();
+  if (!stored.on_device) {
+    return run.rows->FirstDifference(run.first, count, rows.keys, rows.values);
+  }
+  const auto bytes = static_cast<size_t>(row_bytes());
+  std::string keys(static_cast<size_t>(count) * bytes, 0), values(keys);
+  if (!services_.device->healthy() ||
+      !services_.device->ReadRows(run.paged(), keys.data(), values.data()).ok()) {
+    return DeviceLost();
+  }
+  for (size_t i = 0; i < static_cast<size_t>(count); ++i) {
+    if (std::memcmp(keys.data() + i * bytes, rows.keys + i * bytes, bytes) != 0 ||
+        std::memcmp(values.data() + i * bytes, rows.values + i * bytes, bytes) != 0) {
+      return static_cast<int64_t>(i);
+    }
+  }
+  return -1;
 }
 
 absl::Status Sequence::CompareStored(int64_t layer, const StoredRows& stored,
                                      const PackedRows& rows) const {
-  const auto compare = [&](const PagedRows& paged, int64_t first_token,
-                           TokenSpan held) -> absl::Status {
-    const TokenSpan common{std::max(rows.span.begin, held.begin),
-                           std::min(rows.span.end, held.end)};
-    if (common.begin >= common.end) return absl::OkStatus();
-    const PackedRows sub = rows.Sub(common, row_bytes());
-    const int64_t differs =
-        paged.FirstDifference(common.begin - first_token, common.size(), sub.keys, sub.values);
-    if (differs < 0) return absl::OkStatus();
-    return Conflict(layer, common.begin + differs, kOtherBytes);
-  };
-  const int64_t sinks = sink_tokens();
-  if (stored.sinks != nullptr) CKV_RETURN_IF_ERROR(compare(*stored.sinks, 0, {0, sinks}));
-  if (stored.staging != nullptr) {
-    CKV_RETURN_IF_ERROR(compare(*stored.staging, sinks, {sinks, params_.prompt_tokens}));
+  for (const RowsRun& run : RunsOf(stored, rows.span)) {
+    CKV_ASSIGN_OR_RETURN(const int64_t differs,
+                         FirstDifference(stored, run, rows.Sub(run.span, row_bytes())));
+    if (differs >= 0) return Conflict(layer, run.span.begin + differs, kOtherBytes);
   }
   for (const Window& window : stored.windows) {
-    CKV_RETURN_IF_ERROR(
-        compare(*window.rows, window.first_token,
-                {window.first_token, window.first_token + window.rows->capacity()}));
+    const TokenSpan common{std::max(rows.span.begin, window.first_token),
+                           std::min(rows.span.end, window.first_token + window.rows->capacity())};
+    if (common.begin >= common.end) continue;
+    const PackedRows sub = rows.Sub(common, row_bytes());
+    const int64_t differs = window.rows->FirstDifference(common.begin - window.first_token,
+                                                         common.size(), sub.keys, sub.values);
+    if (differs >= 0) return Conflict(layer, common.begin + differs, kOtherBytes);
   }
   if (stored.snapshot == nullptr) return absl::OkStatus();
   for (const auto& part : stored.snapshot->parts) {

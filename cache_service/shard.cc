@@ -12,6 +12,7 @@
 #include "cache_service/attachments.h"
 #include "cache_service/errors.h"
 #include "cache_service/executors.h"
+#include "cache_service/ingest_windows.h"
 #include "cache_service/ledger_check.h"
 #include "cache_service/recall.h"
 #include "cache_service/resident_groups.h"
@@ -31,6 +32,9 @@ using Notice = v1::SessionResponse::Notice;
 int64_t BuildScratchBytes(const ShardOptions& options) {
   return std::max<int64_t>(int64_t{64} << 20, options.arena_bytes / 16);
 }
+
+// Of one window: no memory has more.
+constexpr uint64_t kMostWindowBytes = uint64_t{1} << 40;
 
 // Calls `tick` every `period` on a thread of its own until it dies.
 class Ticker {
@@ -107,6 +111,25 @@ class ShardImpl : public Shard {
   absl::Status PutChunk(const v1::SequenceHandle& handle, const KvChunkView& chunk) override {
     CKV_ASSIGN_OR_RETURN(const SequenceRef sequence, store_.Find(handle));
     return sequence->PutChunk(chunk);
+  }
+
+  absl::StatusOr<v1::ConnectIngestResponse> ConnectIngest(
+      const v1::ConnectIngestRequest& request) override;
+
+  absl::Status PutWindow(const v1::PutWindowRequest& request) override {
+    CKV_ASSIGN_OR_RETURN(const std::shared_ptr<RowWindow> window,
+                         windows_.Find(request.window_id()));
+    CKV_ASSIGN_OR_RETURN(const SequenceRef sequence, store_.Find(request.sequence()));
+    WindowChunkView chunk;
+    chunk.layer = request.layer();
+    chunk.first_token = request.first_token();
+    chunk.tokens = request.tokens();
+    chunk.window = window.get();
+    // Beyond what is a number here is beyond every window.
+    chunk.keys_offset = static_cast<int64_t>(request.keys_offset());
+    chunk.values_offset = static_cast<int64_t>(request.values_offset());
+    chunk.checksum = request.checksum();
+    return sequence->PutWindow(chunk);
   }
 
   absl::Status PutStatistics(const v1::SequenceHandle& handle, int64_t layer,
@@ -337,6 +360,7 @@ class ShardImpl : public Shard {
   }
 
   void EndSession(uint64_t session_id) {
+    windows_.EndSession(session_id);
     attachments_.DetachSession(session_id);
     store_.EndSession(session_id);
   }
@@ -357,12 +381,38 @@ class ShardImpl : public Shard {
   std::unique_ptr<ShardDevice> device_;  // may be null
   std::unique_ptr<Executors> executors_;
   Sessions sessions_;
+  IngestWindows windows_;
   Attachments attachments_;
   ResidentGroups residents_;
   SequenceStore store_;
   Selector selector_;
   std::unique_ptr<Ticker> ticker_;
 };
+
+absl::StatusOr<v1::ConnectIngestResponse> ShardImpl::ConnectIngest(
+    const v1::ConnectIngestRequest& request) {
+  CKV_RETURN_IF_ERROR(sessions_.CheckAlive(request.session_id()));
+  if (request.bytes() < 1 || request.bytes() > kMostWindowBytes) {
+    return FieldError(v1::INVALID_FIELD, "bytes", absl::StrCat("1 to ", kMostWindowBytes),
+                      absl::StrCat(request.bytes()));
+  }
+  v1::ConnectIngestResponse response;
+  if (std::string why = WhyNoLink(v1::LINK_PEER, request.host()); !why.empty()) {
+    response.set_reason(why);
+    return response;
+  }
+  absl::StatusOr<std::shared_ptr<RowWindow>> window =
+      device_->OpenWindow(request.handle(), static_cast<int64_t>(request.bytes()));
+  if (!window.ok()) {
+    response.set_reason(std::string(window.status().message()));
+    return response;
+  }
+  response.set_window_id(windows_.Add(request.session_id(), *std::move(window)));
+  // The session may have ended meanwhile: then nobody else would end its window.
+  absl::Status alive = sessions_.CheckAlive(request.session_id());
+  if (!alive.ok()) windows_.EndSession(request.session_id());
+  return alive.ok() ? absl::StatusOr<v1::ConnectIngestResponse>(std::move(response)) : alive;
+}
 
 absl::Status CheckShape(const v1::KvShape& expected, const v1::KvShape& got) {
   const auto check = [](std::string_view field, uint32_t want, uint32_t have) -> absl::Status {
@@ -427,15 +477,14 @@ absl::StatusOr<v1::AttachResponse> ShardImpl::Attach(const v1::AttachRequest& re
 // The window of a worker that is to have every slot of every layer.
 absl::Status CheckWindow(const v1::PeerWindow& window, const Attachment& attachment,
                          int64_t record_bytes) {
-  constexpr uint64_t kMost = uint64_t{1} << 40;
   const absl::StatusOr<kernels::HotCache> cache = kernels::HotCache::Create(attachment.hot_cache);
   if (!cache.ok()) return cache.status();
   const auto head_bytes = static_cast<uint64_t>(cache->slot_count() * record_bytes);
   const auto kv_heads = static_cast<uint64_t>(attachment.params.shape.kv_heads);
   const auto layers = static_cast<uint64_t>(attachment.params.layers);
   const auto check = [](std::string_view field, uint64_t least, uint64_t got) -> absl::Status {
-    if (got >= least && got <= kMost) return absl::OkStatus();
-    return FieldError(v1::INVALID_FIELD, field, absl::StrCat(least, " to ", kMost),
+    if (got >= least && got <= kMostWindowBytes) return absl::OkStatus();
+    return FieldError(v1::INVALID_FIELD, field, absl::StrCat(least, " to ", kMostWindowBytes),
                       absl::StrCat(got));
   };
   CKV_RETURN_IF_ERROR(check("window.head_bytes", head_bytes, window.head_bytes()));
@@ -505,6 +554,12 @@ v1::Stats ShardImpl::GetStats() {
   stats.set_queued_builds(static_cast<uint32_t>(executors_->queued_builds.load()));
   stats.set_resident_bytes(ResidentBytes());
   counters_.AddTo(stats);
+  stats.set_ingest_windows(static_cast<uint32_t>(windows_.size()));
+  if (device_ != nullptr) {
+    const DeviceCopies copies = device_->copies();
+    stats.set_device_uploaded_bytes(copies.uploaded_bytes);
+    stats.set_device_fetched_bytes(copies.fetched_bytes);
+  }
   for (const v1::Link link : {v1::LINK_GRPC, v1::LINK_PEER, v1::LINK_NCCL}) {
     const auto count = static_cast<uint32_t>(attachments_.by_link(link));
     (*stats.mutable_attachments_by_link())[LinkName(link)] = count;

@@ -65,6 +65,14 @@ struct KvChunkView {
   uint64_t checksum = 0;          // 0: not checked
 };
 
+// The same, in a worker's window.
+struct WindowChunkView {
+  int64_t layer = 0, first_token = 0, tokens = 0;
+  RowWindow* window = nullptr;
+  int64_t keys_offset = 0, values_offset = 0;
+  uint64_t checksum = 0;  // RowsHash; 0: not checked
+};
+
 // One layer of one sequence, its queries already float.
 struct SelectCall {
   v1::SequenceHandle sequence;  // unless attachment_id is set
@@ -137,6 +145,15 @@ class Shard {
   virtual absl::StatusOr<v1::Sequence> OpenSequence(const v1::OpenSequenceRequest& request) = 0;
   // Copies the chunk into the arena; starts the layer's clustering when it was the last.
   virtual absl::Status PutChunk(const v1::SequenceHandle& sequence, const KvChunkView& chunk) = 0;
+  // Maps a window that belongs to the session. One that cannot be had is no error: the answer says
+  // why. It may take the milliseconds that mapping memory takes. Errors: INVALID_FIELD,
+  // SESSION_NOT_FOUND.
+  virtual absl::StatusOr<v1::ConnectIngestResponse> ConnectIngest(
+      const v1::ConnectIngestRequest& request) = 0;
+  // Copies a chunk from a window to the device's arena; without statistics. Returns when it is
+  // there: the time of the copy on the device. Errors: WINDOW_NOT_FOUND, INVALID_FIELD; as
+  // PutChunk; DEVICE_LOST.
+  virtual absl::Status PutWindow(const v1::PutWindowRequest& request) = 0;
   // query_rms [kv_heads, head_dim].
   virtual absl::Status PutStatistics(const v1::SequenceHandle& sequence, int64_t layer,
                                      absl::Span<const float> query_rms) = 0;

@@ -52,6 +52,7 @@ void ShardCounters::AddTo(v1::Stats& stats) const {
   stats.set_hits(hits);
   stats.set_misses(misses);
   stats.set_ingested_bytes(ingested_bytes);
+  stats.set_window_bytes(window_bytes);
   stats.set_evictions(evicted_for_room + evicted_for_quota + evicted_by_admin);
   (*stats.mutable_evictions_by_reason())["room"] = evicted_for_room;
   (*stats.mutable_evictions_by_reason())["quota"] = evicted_for_quota;

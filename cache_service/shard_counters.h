@@ -29,6 +29,7 @@ class LatencyHistogram {
 struct ShardCounters {
   std::atomic<uint64_t> selects{0}, recalled_tokens{0}, recalled_bytes{0}, state_bytes{0};
   std::atomic<uint64_t> hits{0}, misses{0}, ingested_bytes{0};
+  std::atomic<uint64_t> window_bytes{0};  // of the ingested ones
   // Sequences that were ended for room, for their tenant's quota, because their ttl was over, by an
   // administrator.
   std::atomic<uint64_t> evicted_for_room{0}, evicted_for_quota{0}, evicted_by_ttl{0},

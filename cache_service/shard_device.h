@@ -41,6 +41,48 @@ struct DeviceBuild {
   const DevicePart* inherited = nullptr;
   kernels::MutableIndexPartView part;
   absl::Span<const uint32_t> pages;  // where the part's arrays lie
+  bool rows_on_device = false;       // the input's rows are there, and may be there alone
+};
+
+// A run of rows of K and V in the arena's pages, views of the host's: rows [first, first + rows).
+struct PagedRun {
+  kernels::MutablePagedView keys, values;
+  int64_t first = 0, rows = 0;
+};
+
+// A chunk in a worker's window: [rows] of K from keys_offset on, of V from values_offset on, both
+// multiples of 16.
+struct WindowChunk {
+  int64_t keys_offset = 0, values_offset = 0;
+  int64_t rows = 0, row_bytes = 0;
+  kernels::ElementType type = kernels::ElementType::kBFloat16;
+};
+
+// What was found in a chunk while it was taken.
+struct TakenChunk {
+  uint64_t hash = 0;  // RowsHash
+  // The first element that is NaN or infinite, counted over the chunk's keys or values; -1: none.
+  int64_t bad_key = -1, bad_value = -1;
+};
+
+// GPU memory of a prefill worker on this host, mapped for the device.
+//
+// Thread-safe; calls run one after the other. REQUIRES of each call: the chunk lies in bytes().
+class RowWindow {
+ public:
+  virtual ~RowWindow() = default;
+  virtual int64_t bytes() const = 0;
+  // Copies the chunk's rows, in order, to the device's pages of `runs`, and looks at them. When it
+  // returns they are there; the host's pages stay as they are. Errors: as ShardDevice::Upload.
+  virtual absl::StatusOr<TakenChunk> Take(const WindowChunk& chunk,
+                                          absl::Span<const PagedRun> runs) = 0;
+  // Copies the chunk to host memory: keys, values [rows, row_bytes]. Errors: as Take.
+  virtual absl::Status Read(const WindowChunk& chunk, char* keys, char* values) = 0;
+};
+
+// Contents of pages that were copied between host and device.
+struct DeviceCopies {
+  uint64_t uploaded_bytes = 0, fetched_bytes = 0;
 };
 
 // One (sequence, layer): all its KV heads.
@@ -129,6 +171,14 @@ class ShardDevice {
   // Copies the pages' contents to the device. Blocks until they are there. An error ends the
   // device's health.
   virtual absl::Status Upload(absl::Span<const uint32_t> pages) = 0;
+  // The other way: copies the pages' contents from the device to the host's.
+  virtual absl::Status Fetch(absl::Span<const uint32_t> pages) = 0;
+  // Copies packed rows [run.rows] in host memory to the run's rows on the device, and back. The
+  // host's pages are left alone. Block. Errors: as Upload.
+  virtual absl::Status WriteRows(const PagedRun& run, const char* keys, const char* values) = 0;
+  virtual absl::Status ReadRows(const PagedRun& run, char* keys, char* values) = 0;
+  // Since its start.
+  virtual DeviceCopies copies() const = 0;
   // Uploads a sealed part, whose arrays lie in `pages`. Null when the device keeps no more parts:
   // the host answers for it then. Errors: as Upload.
   virtual absl::StatusOr<std::unique_ptr<DevicePart>> Mirror(const kernels::IndexPartView& view,
@@ -151,6 +201,9 @@ class ShardDevice {
   // memory or too many links; Unavailable.
   virtual absl::StatusOr<std::unique_ptr<RecordLink>> Connect(const LinkSetup& setup,
                                                               std::string* unique_id) = 0;
+  // Maps a worker's window. The device outlives it. Errors: as Connect.
+  virtual absl::StatusOr<std::unique_ptr<RowWindow>> OpenWindow(const std::string& handle,
+                                                                int64_t bytes) = 0;
 
   // Starts a kernel for items [layers, sequences], all of one shape, codes and selection, with no
   // queries and no heads. The device outlives it. Errors: INVALID_FIELD for the setup;

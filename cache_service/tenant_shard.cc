@@ -157,6 +157,22 @@ class TenantShard : public Shard {
   bool EvictOne(std::string_view prefix, std::string_view kept) override {
     return shard_.EvictOne(scope_ + std::string(prefix), scope_ + std::string(kept));
   }
+  absl::StatusOr<v1::ConnectIngestResponse> ConnectIngest(
+      const v1::ConnectIngestRequest& request) override {
+    v1::ConnectIngestRequest own = request;
+    own.set_session_id(ids_.Read(request.session_id()));
+    absl::StatusOr<v1::ConnectIngestResponse> response = Cleaned(shard_.ConnectIngest(own));
+    if (response.ok() && response->window_id() != 0) {
+      response->set_window_id(ids_.Show(response->window_id()));
+    }
+    return response;
+  }
+  absl::Status PutWindow(const v1::PutWindowRequest& request) override {
+    v1::PutWindowRequest own = request;
+    *own.mutable_sequence() = Own(request.sequence());
+    own.set_window_id(ids_.Read(request.window_id()));
+    return Clean(shard_.PutWindow(own));
+  }
   absl::StatusOr<v1::AppendKvResponse> Append(const v1::AppendKvRequest& request) override {
     v1::AppendKvRequest own = request;
     *own.mutable_sequence() = Own(request.sequence());

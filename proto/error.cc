@@ -37,9 +37,11 @@ absl::StatusCode CodeOf(v1::ErrorReason reason) {
     case v1::SEQUENCE_NOT_FOUND:
     case v1::ATTACHMENT_NOT_FOUND:
     case v1::SESSION_NOT_FOUND:
+    case v1::WINDOW_NOT_FOUND:
       return absl::StatusCode::kNotFound;
     case v1::SEQUENCE_RELEASED:
     case v1::RESIDENCY_STALE:
+    case v1::DEVICE_LOST:
       return absl::StatusCode::kAborted;
     case v1::IDENTITY_REFUSED:
       return absl::StatusCode::kPermissionDenied;

@@ -105,6 +105,7 @@ class EngineSequence {
   Lane* lane = nullptr;
   v1::Sequence sequence;
   std::unique_ptr<PrefillWriter> writer;   // while it is filled
+  WindowWriter* window = nullptr;          // on a GPU, while it is filled
   std::unique_ptr<DecodeSession> session;  // while it is attached
   std::unique_ptr<EngineLayers> layers;
   int64_t query_bytes = 0, row_bytes = 0, kv_heads = 0;
@@ -138,6 +139,11 @@ struct Engine::Impl {
   // Lets the sequence's lane run `job` when the stream comes to it. untold: nobody else hears of
   // the job's failure. Errors: the stream did not take it.
   absl::Status HandOver(EngineSequence* of, EngineStream stream, bool untold, Job job);
+  // Puts the first of the rows, which are left out of them then: none where there is no slot.
+  static absl::Status IngestByWindow(EngineSequence* of, WindowWriter::Rows* rows,
+                                     EngineStream stream);
+  absl::Status IngestThroughHost(EngineSequence* of, const WindowWriter::Rows& rows,
+                                 EngineStream stream);
   absl::Status Append(EngineSequence* of, int64_t layer, const EngineKv& kv, EngineStream stream);
   absl::Status BeginStep(EngineSequence* of, int64_t layer, const void* queries,
                          EngineStream stream);
@@ -145,6 +151,7 @@ struct Engine::Impl {
   EngineOptions options;
   std::unique_ptr<EngineDevice> device;
   std::unique_ptr<Shards> shards;
+  WindowWriters windows;
   std::atomic<int64_t> staged_bytes{0};
   std::mutex mutex;
   std::vector<std::unique_ptr<EngineSequence>> sequences;
@@ -306,6 +313,13 @@ absl::StatusOr<EngineSequence*> Engine::Create(const v1::OpenSequenceRequest& re
   CKV_ASSIGN_OR_RETURN(EngineSequence* const added,
                        impl_->Add(placed.client, std::move(placed.sequence)));
   added->writer = std::move(writer);
+  const IngestRingOptions& ring = impl_->options.ingest_ring;
+  if (!impl_->device->synchronous() && ring.slots > 0 && ring.slot_bytes > 0) {
+    added->window =
+        impl_->windows.For(placed.client, /*gpu=*/0, [device = impl_->device.get(), ring] {
+          return device->MakeIngestRing(ring.slots, ring.slot_bytes);
+        });
+  }
   return added;
 }
 
@@ -323,46 +337,75 @@ absl::Status Engine::Ingest(EngineSequence* of, int64_t layer, int64_t first_tok
     return Error(v1::TOKENS_OUT_OF_RANGE, absl::StrCat("tokens: expected some of 0 to ", prompt,
                                                        ", got ", tokens, " from ", first_token));
   }
-  const int64_t bytes = tokens * of->kv_heads * of->row_bytes;
-  std::atomic<int64_t>* const staged_bytes = &impl_->staged_bytes;
-  const int64_t before = staged_bytes->fetch_add(2 * bytes);
-  const auto give_back = [=] { staged_bytes->fetch_sub(2 * bytes); };
-  if (before > 0 && before + 2 * bytes > impl_->options.staging_bytes) {
+  WindowWriter::Rows rows;
+  rows.sequence = &of->sequence.handle();
+  rows.layer = layer;
+  rows.first_token = first_token;
+  rows.keys = impl_->RowsOf(*of, kv.keys, kv, tokens);
+  rows.values = impl_->RowsOf(*of, kv.values, kv, tokens);
+  rows.query_rms.assign(query_rms.begin(), query_rms.end());
+  rows.otherwise = of->writer.get();
+  if (of->window != nullptr) CKV_RETURN_IF_ERROR(Impl::IngestByWindow(of, &rows, stream));
+  if (rows.keys.tokens == 0) return absl::OkStatus();
+  return impl_->IngestThroughHost(of, rows, stream);
+}
+
+absl::Status Engine::Impl::IngestByWindow(EngineSequence* of, WindowWriter::Rows* rows,
+                                          EngineStream stream) {
+  while (rows->keys.tokens > 0) {
+    of->Enter();
+    const absl::StatusOr<int64_t> taken =
+        of->window->Put(*rows, stream, /*wait=*/false,
+                        [of](const absl::Status& put) { of->Leave(put, /*untold=*/true); });
+    if (!taken.ok() || *taken == 0) {
+      of->Leave(taken.status(), /*untold=*/false);
+      return taken.status();
+    }
+    rows->Skip(*taken);
+  }
+  return absl::OkStatus();
+}
+
+absl::Status Engine::Impl::IngestThroughHost(EngineSequence* of, const WindowWriter::Rows& rows,
+                                             EngineStream stream) {
+  const int64_t tokens = rows.keys.tokens, bytes = tokens * of->kv_heads * of->row_bytes;
+  const int64_t before = staged_bytes.fetch_add(2 * bytes);
+  const auto give_back = [this, bytes] { staged_bytes.fetch_sub(2 * bytes); };
+  if (before > 0 && before + 2 * bytes > options.staging_bytes) {
     give_back();
     return Error(v1::LIMIT_EXCEEDED,
-                 absl::StrCat("staging_bytes: expected up to ", impl_->options.staging_bytes,
-                              ", got ", before + 2 * bytes),
+                 absl::StrCat("staging_bytes: expected up to ", options.staging_bytes, ", got ",
+                              before + 2 * bytes),
                  {{"limit", "staging_bytes"}});
   }
-  EngineDevice& device = *impl_->device;
-  absl::StatusOr<std::shared_ptr<std::byte>> staging = device.Staging(2 * bytes);
+  absl::StatusOr<std::shared_ptr<std::byte>> staging = device->Staging(2 * bytes);
   absl::Status handed = staging.status();
-  if (handed.ok()) {
-    handed = device.Gather(impl_->RowsOf(*of, kv.keys, kv, tokens), staging->get(), stream);
-  }
-  if (handed.ok()) {
-    handed =
-        device.Gather(impl_->RowsOf(*of, kv.values, kv, tokens), staging->get() + bytes, stream);
-  }
+  if (handed.ok()) handed = device->Gather(rows.keys, staging->get(), stream);
+  if (handed.ok()) handed = device->Gather(rows.values, staging->get() + bytes, stream);
   if (!handed.ok()) {
     give_back();
     return handed;
   }
-  const std::vector<float> rms(query_rms.begin(), query_rms.end());
-  const auto put = [=, rows = *std::move(staging)](const absl::Status& reached) {
+  const auto put = [of, give_back, bytes, tokens, layer = rows.layer,
+                    first_token = rows.first_token, rms = rows.query_rms,
+                    packed = *std::move(staging)](const absl::Status& reached) {
     const auto size = static_cast<size_t>(bytes);
-    absl::Status status = reached.ok() ? of->writer->WaitForRoom(2 * bytes) : reached;
+    absl::Status status = reached;
     if (status.ok()) {
-      status = of->writer->Put(layer, first_token, tokens, absl::MakeConstSpan(rows.get(), size),
-                               absl::MakeConstSpan(rows.get() + bytes, size), rms);
+      status = of->writer->PutWhenRoom(layer, first_token, tokens,
+                                       absl::MakeConstSpan(packed.get(), size),
+                                       absl::MakeConstSpan(packed.get() + bytes, size), rms);
     }
+    if (of->window != nullptr) of->window->CountHostBytes(2 * bytes);
     give_back();
     return status;
   };
-  handed = impl_->HandOver(of, stream, /*untold=*/true, put);
+  handed = HandOver(of, stream, /*untold=*/true, put);
   if (!handed.ok()) give_back();
   return handed;
 }
+
+IngestCounts Engine::ingest_counts() const { return impl_->windows.counts(); }
 
 absl::Status Engine::Seal(EngineSequence* of) {
   of->WaitUntilIdle(*impl_->device);

@@ -35,6 +35,7 @@
 #include "worker/decode_session.h"
 #include "worker/engine_device.h"
 #include "worker/prefill_writer.h"
+#include "worker/window_writer.h"
 
 namespace clusterkv::worker {
 
@@ -46,6 +47,8 @@ struct EngineOptions {
   PrefillWriterOptions prefill;
   v1::ElementType output_type = v1::ELEMENT_TYPE_FLOAT32;  // of what Step writes
   int threads = 4;  // that talk to the service; sequences are shared out among them
+  // Of rows on a GPU, where a server on this host can read them there (window_writer.h).
+  IngestRingOptions ingest_ring;
   // Rows that were ingested and not yet taken over by a sequence's prefill, at most.
   int64_t staging_bytes = 512 << 20;
   // How long a GPU's stream waits for an answer before it goes on with zeros. Longer than what the
@@ -94,6 +97,8 @@ class Engine {
   // waiting (try again); the prefill's failure.
   absl::Status Ingest(EngineSequence* sequence, int64_t layer, int64_t first_token, int64_t tokens,
                       const EngineKv& kv, absl::Span<const float> query_rms, EngineStream stream);
+  // How the rows went that were ingested from a GPU; zeros with host memory.
+  IngestCounts ingest_counts() const;
   // Waits until all is with the service and clustered. On a GPU the rows must have passed: the
   // caller has synchronised with the stream, or this waits for it. Errors: the prefill's; the
   // service's.

@@ -18,6 +18,7 @@
 #include "kernels/codec/record_codec.h"
 #include "kernels/runtime/device.h"
 #include "proto/error.h"
+#include "worker/cuda_ingest_ring.h"
 #include "worker/stream_cuda.h"
 
 namespace clusterkv::worker {
@@ -504,6 +505,11 @@ class CudaDevice : public EngineDevice {
         v1::INTERNAL_ERROR, absl::StrCat("device cuda:", device_, ": ", cudaGetErrorString(state)));
     for (const HeldBack::Function& f : HeldBack::Get().TakeAll(this)) f(failure);
     return failure;
+  }
+
+  absl::StatusOr<std::unique_ptr<IngestRing>> MakeIngestRing(int slots,
+                                                             int64_t slot_bytes) override {
+    return MakeCudaIngestRing(device_, slots, slot_bytes);
   }
 
   absl::StatusOr<std::unique_ptr<EngineLayers>> MakeLayers(const DecodeSession& session,

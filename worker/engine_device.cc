@@ -106,6 +106,10 @@ class HostDevice : public EngineDevice {
   }
   absl::Status Check() override { return absl::OkStatus(); }
 
+  absl::StatusOr<std::unique_ptr<IngestRing>> MakeIngestRing(int, int64_t) override {
+    return absl::UnavailableError("the rows lie in host memory");
+  }
+
   absl::StatusOr<std::unique_ptr<EngineLayers>> MakeLayers(const DecodeSession& session,
                                                            v1::ElementType output_type) override {
     return std::make_unique<HostLayers>(session, static_cast<ElementType>(output_type));

@@ -16,18 +16,9 @@
 #include "absl/status/statusor.h"
 #include "absl/time/time.h"
 #include "worker/decode_session.h"
+#include "worker/ingest_ring.h"
 
 namespace clusterkv::worker {
-
-using EngineStream = void*;  // a cudaStream_t; null where pointers are the host's
-
-// Rows of some tokens: row (token, head) at data + token * token_stride + head * head_stride.
-struct EngineRows {
-  const void* data = nullptr;
-  int64_t tokens = 0, heads = 0;
-  int64_t row_bytes = 0;  // of one token and head, dense
-  int64_t token_stride_bytes = 0, head_stride_bytes = 0;
-};
 
 // What one attached sequence has on the device. Calls of the caller's thread and of the worker's
 // thread may run at once; each kind one at a time.
@@ -66,6 +57,10 @@ class EngineDevice {
   // OK, or what ended the device's use in this process (INTERNAL_ERROR). Waits for nothing; from
   // any thread but Then's.
   virtual absl::Status Check() = 0;
+  // Slots that a service on this host can read. Errors: Unavailable where memory is the host's;
+  // ResourceExhausted.
+  virtual absl::StatusOr<std::unique_ptr<IngestRing>> MakeIngestRing(int slots,
+                                                                     int64_t slot_bytes) = 0;
   // `output_type`: of what Attend writes.
   virtual absl::StatusOr<std::unique_ptr<EngineLayers>> MakeLayers(const DecodeSession& session,
                                                                    v1::ElementType output_type) = 0;

@@ -9,17 +9,20 @@
 
 namespace clusterkv::worker {
 
+void SetStatistics(int64_t layer, absl::Span<const float> query_rms,
+                   v1::LayerStatistics* statistics) {
+  statistics->set_layer(static_cast<uint32_t>(layer));
+  statistics->mutable_query_rms()->set_type(v1::ELEMENT_TYPE_FLOAT32);
+  statistics->mutable_query_rms()->set_data(query_rms.data(), query_rms.size() * sizeof(float));
+}
+
 std::vector<v1::PutKvRequest> CutIntoChunks(const KvRows& rows, int64_t chunk_bytes) {
   CKV_CHECK(rows.tokens >= 1 && rows.keys.size() == rows.values.size() &&
             rows.keys.size() % static_cast<size_t>(rows.tokens) == 0)
       << rows.tokens << " " << rows.keys.size() << " " << rows.values.size();
   std::vector<v1::PutKvRequest> requests;
   if (!rows.query_rms.empty()) {
-    v1::LayerStatistics& statistics = *requests.emplace_back().mutable_statistics();
-    statistics.set_layer(static_cast<uint32_t>(rows.layer));
-    statistics.mutable_query_rms()->set_type(v1::ELEMENT_TYPE_FLOAT32);
-    statistics.mutable_query_rms()->set_data(rows.query_rms.data(),
-                                             rows.query_rms.size() * sizeof(float));
+    SetStatistics(rows.layer, rows.query_rms, requests.emplace_back().mutable_statistics());
   }
   const int64_t row_bytes = static_cast<int64_t>(rows.keys.size()) / rows.tokens;
   const int64_t step = std::max<int64_t>(1, chunk_bytes / std::max<int64_t>(1, 2 * row_bytes));

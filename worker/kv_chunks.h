@@ -18,6 +18,10 @@ struct KvRows {
   absl::Span<const float> query_rms;         // [kv_heads, head_dim], or empty
 };
 
+// query_rms [kv_heads, head_dim] of a layer as messages carry it.
+void SetStatistics(int64_t layer, absl::Span<const float> query_rms,
+                   v1::LayerStatistics* statistics);
+
 // Statistics first (the layer's last chunk may complete it), then chunks of at most chunk_bytes of
 // K and V together, at least one token each, in token order. The rows are copied; checksums are
 // left at 0. REQUIRES: tokens >= 1; keys and values of equal size, a multiple of tokens.

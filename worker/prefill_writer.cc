@@ -306,6 +306,18 @@ absl::Status PrefillWriter::Put(int64_t layer, int64_t first_token, int64_t toke
   return absl::OkStatus();
 }
 
+absl::Status PrefillWriter::PutWhenRoom(int64_t layer, int64_t first_token, int64_t tokens,
+                                        absl::Span<const std::byte> keys,
+                                        absl::Span<const std::byte> values,
+                                        absl::Span<const float> query_rms) {
+  while (true) {
+    CKV_RETURN_IF_ERROR(WaitForRoom(static_cast<int64_t>(keys.size() + values.size())));
+    absl::Status put = Put(layer, first_token, tokens, keys, values, query_rms);
+    // Another thread may have been faster.
+    if (ReasonOf(put) != v1::LIMIT_EXCEEDED) return put;
+  }
+}
+
 absl::Status PrefillWriter::WaitForRoom(int64_t bytes) {
   if (bytes > impl_->options.max_in_flight_bytes) {
     return Error(v1::INVALID_FIELD,

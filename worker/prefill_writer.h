@@ -5,8 +5,8 @@
 // max_in_flight_bytes: a PutKv stream is acknowledged as a whole, so the thread ends it and starts
 // the next one after a quarter of the bound, when it is idle, or when room is wanted. After a
 // broken stream the thread reconnects to the same boot id and sends again what was not
-// acknowledged; a second failure before any acknowledgement is the writer's error. Not thread-safe
-// but for status() and bytes_sent().
+// acknowledged; a second failure before any acknowledgement is the writer's error. Thread-safe but
+// for Finish, after which nothing is put any more.
 #ifndef CLUSTERKV_WORKER_PREFILL_WRITER_H_
 #define CLUSTERKV_WORKER_PREFILL_WRITER_H_
 
@@ -44,6 +44,10 @@ class PrefillWriter {
   absl::Status Put(int64_t layer, int64_t first_token, int64_t tokens,
                    absl::Span<const std::byte> keys, absl::Span<const std::byte> values,
                    absl::Span<const float> query_rms);
+  // The same, for callers that may wait until the queue has room. Errors: as Put, but that one.
+  absl::Status PutWhenRoom(int64_t layer, int64_t first_token, int64_t tokens,
+                           absl::Span<const std::byte> keys, absl::Span<const std::byte> values,
+                           absl::Span<const float> query_rms);
   // Waits until the queue has room for `bytes` (for callers that may wait). Errors: InvalidArgument
   // when it never will; the stream's.
   absl::Status WaitForRoom(int64_t bytes);

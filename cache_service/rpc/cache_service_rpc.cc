@@ -4,6 +4,8 @@
 #include <utility>
 
 #include "cache_service/rpc/put_kv_stream.h"
+#include "cache_service/rpc/vectors.h"
+#include "kernels/base/element_type.h"
 #include "kernels/base/host_id.h"
 #include "kernels/base/status_macros.h"
 #include "kernels/codec/record_codec.h"
@@ -63,6 +65,17 @@ int64_t BytesOf(const v1::AppendKvRequest& request) {
   return static_cast<int64_t>(bytes);
 }
 
+// Errors: RATE_LIMITED; SEQUENCE_NOT_FOUND and the like.
+absl::Status AdmitWindow(const Caller& caller, const v1::PutWindowRequest& request) {
+  if (caller.tenant == nullptr) return absl::OkStatus();
+  CKV_ASSIGN_OR_RETURN(const v1::Sequence sequence, caller.shard->GetSequence(request.sequence()));
+  const v1::KvShape& shape = sequence.shape();
+  const int64_t row_bytes =
+      int64_t{shape.kv_heads()} * shape.head_dim() *
+      kernels::ElementBytes(static_cast<kernels::ElementType>(shape.element_type()));
+  return caller.AdmitBytes(2 * row_bytes * request.tokens());
+}
+
 // What `call` answers, moved into `response`.
 template <typename T>
 absl::Status Encode(absl::StatusOr<T> answer, T* response) {
@@ -118,6 +131,38 @@ grpc::ServerUnaryReactor* CacheServiceRpc::OpenSequence(grpc::CallbackServerCont
 grpc::ServerReadReactor<v1::PutKvRequest>* CacheServiceRpc::PutKv(
     grpc::CallbackServerContext* context, v1::PutKvResponse* response) {
   return PutKvStream::Start(rpc_, context, response);
+}
+
+grpc::ServerUnaryReactor* CacheServiceRpc::ConnectIngest(grpc::CallbackServerContext* context,
+                                                         const v1::ConnectIngestRequest* request,
+                                                         v1::ConnectIngestResponse* response) {
+  return AnswerNow(rpc_, Method::kConnectIngest, context,
+                   [&](const Caller& caller) -> absl::Status {
+                     CKV_RETURN_IF_ERROR(Encode(caller.shard->ConnectIngest(*request), response));
+                     if (!response->reason().empty()) {
+                       rpc_.metrics->CountLinkFallback(response->reason());
+                     }
+                     return absl::OkStatus();
+                   });
+}
+
+grpc::ServerUnaryReactor* CacheServiceRpc::PutWindow(grpc::CallbackServerContext* context,
+                                                     const v1::PutWindowRequest* request,
+                                                     v1::PutWindowResponse*) {
+  return AnswerNow(rpc_, Method::kPutWindow, context, [&](const Caller& caller) -> absl::Status {
+    CKV_RETURN_IF_ERROR(AdmitWindow(caller, *request));
+    if (request->has_statistics()) {
+      std::vector<float> query_rms;
+      CKV_RETURN_IF_ERROR(ParseVector(request->statistics().query_rms(), "statistics.query_rms",
+                                      v1::INVALID_FIELD, &query_rms));
+      CKV_RETURN_IF_ERROR(caller.shard->PutStatistics(request->sequence(),
+                                                      request->statistics().layer(), query_rms));
+    }
+    const absl::Time start = absl::Now();
+    CKV_RETURN_IF_ERROR(caller.shard->PutWindow(*request));
+    rpc_.metrics->RecordStage(Stage::kPut, absl::Now() - start);
+    return absl::OkStatus();
+  });
 }
 
 grpc::ServerUnaryReactor* CacheServiceRpc::SealSequence(grpc::CallbackServerContext* context,

@@ -24,6 +24,11 @@ class CacheServiceRpc final : public v1::CacheService::CallbackService {
                                          const v1::OpenSequenceRequest*, v1::Sequence*) override;
   grpc::ServerReadReactor<v1::PutKvRequest>* PutKv(grpc::CallbackServerContext*,
                                                    v1::PutKvResponse*) override;
+  grpc::ServerUnaryReactor* ConnectIngest(grpc::CallbackServerContext*,
+                                          const v1::ConnectIngestRequest*,
+                                          v1::ConnectIngestResponse*) override;
+  grpc::ServerUnaryReactor* PutWindow(grpc::CallbackServerContext*, const v1::PutWindowRequest*,
+                                      v1::PutWindowResponse*) override;
   grpc::ServerUnaryReactor* SealSequence(grpc::CallbackServerContext*,
                                          const v1::SealSequenceRequest*, v1::Sequence*) override;
   grpc::ServerUnaryReactor* GetSequence(grpc::CallbackServerContext*, const v1::GetSequenceRequest*,

@@ -63,6 +63,14 @@ constexpr MetricDescriptor kMetrics[] = {
 
     {"clusterkv_ingested_bytes_total", kCounter, "bytes", "", "Prefill", "",
      "K and V that came in."},
+    {"clusterkv_window_bytes_total", kCounter, "bytes", "", "Prefill", "links",
+     "Of them, what the GPU took from prefill workers' windows."},
+    {"clusterkv_ingest_windows", kGauge, "1", "", "Prefill", "links",
+     "Windows of prefill workers that are mapped."},
+    {"clusterkv_device_uploaded_bytes_total", kCounter, "bytes", "", "Prefill", "device",
+     "K, V and index that were copied from host memory to the GPU."},
+    {"clusterkv_device_fetched_bytes_total", kCounter, "bytes", "", "Prefill", "device",
+     "K, V and index that were copied from the GPU to host memory."},
     {"clusterkv_queued_builds", kGauge, "1", "", "Prefill", "",
      "Layers that wait to be clustered."},
 

@@ -17,6 +17,8 @@ const char* const kMethodNames[] = {
     "clusterkv.v1.CacheService/GetServerInfo",
     "clusterkv.v1.CacheService/OpenSequence",
     "clusterkv.v1.CacheService/PutKv",
+    "clusterkv.v1.CacheService/ConnectIngest",
+    "clusterkv.v1.CacheService/PutWindow",
     "clusterkv.v1.CacheService/SealSequence",
     "clusterkv.v1.CacheService/GetSequence",
     "clusterkv.v1.CacheService/ListSequences",
@@ -195,6 +197,10 @@ void MetricWriter::ShardFigures(const v1::Stats& stats) {
   Value("clusterkv_hot_cache_hits_total", number(stats.hits()));
   Value("clusterkv_hot_cache_misses_total", number(stats.misses()));
   Value("clusterkv_ingested_bytes_total", number(stats.ingested_bytes()));
+  Value("clusterkv_window_bytes_total", number(stats.window_bytes()));
+  Value("clusterkv_ingest_windows", stats.ingest_windows());
+  Value("clusterkv_device_uploaded_bytes_total", number(stats.device_uploaded_bytes()));
+  Value("clusterkv_device_fetched_bytes_total", number(stats.device_fetched_bytes()));
   Value("clusterkv_device_selects_total", number(stats.device_selects()));
   Value("clusterkv_device_fallbacks_total", number(stats.device_fallbacks()));
   Value("clusterkv_device_failed", absl::EndsWith(stats.device(), " failed") ? 1 : 0);

@@ -43,6 +43,8 @@ enum class Method : int {
   kGetServerInfo,
   kOpenSequence,
   kPutKv,
+  kConnectIngest,
+  kPutWindow,
   kSealSequence,
   kGetSequence,
   kListSequences,

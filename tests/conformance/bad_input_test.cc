@@ -105,6 +105,7 @@ class BadInput {
     if (attached.ok()) attachment_ = attached->attachment_id();
     AddOpenCases();
     AddPutCases();
+    AddWindowCases();
     AddSequenceCases();
     AddAttachCases();
     AddSelectCases();
@@ -283,6 +284,7 @@ class BadInput {
 
   void AddOpenCases();
   void AddPutCases();
+  void AddWindowCases();
   void AddSequenceCases();
   void AddAttachCases();
   void AddSelectCases();
@@ -392,6 +394,23 @@ void BadInput::AddPutCases() {
     v->add_values(1);
     v->add_values(kNan);
   });
+}
+
+void BadInput::AddWindowCases() {
+  cases_["ingest-session"] = [this] {
+    v1::ConnectIngestRequest request;
+    request.set_session_id(17);
+    request.set_bytes(1);
+    v1::ConnectIngestResponse response;
+    return harness_.cache().ConnectIngest(MakeContext().get(), request, &response);
+  };
+  cases_["window-unknown"] = [this] {
+    v1::PutWindowRequest request;
+    request.mutable_sequence()->set_name("filling");
+    request.set_window_id(17);
+    v1::PutWindowResponse response;
+    return harness_.cache().PutWindow(MakeContext().get(), request, &response);
+  };
 }
 
 void BadInput::AddSequenceCases() {

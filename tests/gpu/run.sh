@@ -18,9 +18,10 @@ Usage: tests/gpu/run.sh --out=DIR [--only=unit|links|faults|bench] [--cases=DIR]
   --build=DIR   where binaries go (default: build/gpu)
   --prebuilt    they are there already
   --sanitize=0  not under compute-sanitizer
-  --programs=DIR  clusterkv-server, ckv and (for links) engine_cuda_gpu_test of a build with CUDA,
-                  their shared libraries in DIR/lib where the machine lacks them (default:
-                  build/*/bin)
+  --programs=DIR  clusterkv-server, ckv and (for links) engine_cuda_gpu_test, ingest_window_gpu_test
+                  and ingest_bench of a build with CUDA, their shared libraries in DIR/lib where the
+                  machine lacks them (default: build/*/bin). For links the package clusterkv on
+                  PYTHONPATH, built with CUDA, lets a Transformers model take part
   --kills=N     of the worker per link (default: 20)
 END
 }
@@ -55,9 +56,9 @@ if command -v nvidia-smi > /dev/null; then
   [ "$(nvidia-smi --query-gpu=compute_cap --format=csv,noheader | head -n 1)" = 9.0 ] ||
     flags=(-std=c++20 -O3 -lineinfo -I. -arch=native)
 fi
-tests=(base codec gather attention select kmeans index resident)
-kernels=(base/finite codec/record_codec gather/gather attention/attention select/select
-  select/answer kmeans/kmeans index/index resident/serve resident/step)
+tests=(base codec gather ingest attention select kmeans index resident)
+kernels=(base/finite codec/record_codec gather/gather ingest/ingest attention/attention
+  select/select select/answer kmeans/kmeans index/index resident/serve resident/step)
 
 compile() {  # compile SOURCE: unless an object is newer than every header and it
   local object=$build/objects/${1//\//_}.o
@@ -155,6 +156,20 @@ for what in links faults; do
       }
     fi
   fi
+  # A prompt from this GPU, or the second one, into a server on the first: by window, by PutKv.
+  if [ "$what" = links ] && [ -x "$programs/ingest_bench" ]; then
+    say "ingest"
+    LD_LIBRARY_PATH="$programs/lib:${LD_LIBRARY_PATH:-}" timeout 120 \
+      "$programs/ingest_window_gpu_test" 2>&1 | tee "$logs/ingest_window_gpu_test" || status=1
+    LD_LIBRARY_PATH="$programs/lib:${LD_LIBRARY_PATH:-}" timeout 120 \
+      "$programs/ingest_bench" --kills=5 "--json=$out/ingest.json" 2>&1 |
+      tee "$logs/ingest_bench" || status=1
+    ingest=0
+    LD_LIBRARY_PATH="$programs/lib:${LD_LIBRARY_PATH:-}" timeout 120 \
+      python3 -B tests/gpu/transformers_window.py "--server=$programs/clusterkv-server" 2>&1 |
+      tee "$logs/transformers_window" || ingest=${PIPESTATUS[0]}
+    [ "$ingest" = 0 ] || [ "$ingest" = 77 ] || status=1
+  fi
   say "$what"
   if [ "$what" = faults ]; then more=(--faults "--kills=$kills"); else more=(); fi
   LD_LIBRARY_PATH="$programs/lib:${LD_LIBRARY_PATH:-}" python3 -B tests/gpu/links.py \
@@ -175,7 +190,7 @@ fi
 python3 - "$out" <<'END'
 import json, pathlib, sys
 out = pathlib.Path(sys.argv[1])
-reports = [out / name for name in ("gpu.json", "links.json", "faults.json")]
+reports = [out / name for name in ("gpu.json", "links.json", "faults.json", "ingest.json")]
 reports = [json.loads(path.read_text()) for path in reports if path.exists()]
 if reports:
     rows = [row for report in reports for row in report["rows"]]

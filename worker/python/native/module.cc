@@ -8,18 +8,23 @@
 #include <nanobind/stl/string.h>
 #include <nanobind/stl/vector.h>
 
+#include <condition_variable>
 #include <memory>
+#include <mutex>
 #include <string>
 #include <utility>
 #include <vector>
 
+#include "absl/strings/str_cat.h"
 #include "absl/time/clock.h"
 #include "proto/error.h"
 #include "proto/placement.h"
 #include "worker/client.h"
 #include "worker/decode_session.h"
+#include "worker/engine_device.h"
 #include "worker/prefill_writer.h"
 #include "worker/shards.h"
+#include "worker/window_writer.h"
 
 namespace nb = nanobind;
 
@@ -65,6 +70,9 @@ Message Parsed(const nb::bytes& bytes, const char* what) {
 }
 
 using Array = nb::ndarray<nb::ro, nb::c_contig, nb::device::cpu>;
+
+// Rows [tokens, kv_heads, head_dim] on a GPU, each dense, whatever lies between them.
+using GpuArray = nb::ndarray<nb::ro, nb::ndim<3>, nb::device::cuda>;
 
 absl::Span<const std::byte> Bytes(const Array& array) {
   return {static_cast<const std::byte*>(array.data()), array.nbytes()};
@@ -138,6 +146,27 @@ class Connection {
     return restarted;
   }
 
+  // How rows that lay on GPUs went.
+  nb::dict IngestCounts() const {
+    const worker::IngestCounts counts = windows_.counts();
+    nb::dict fallbacks, dict;
+    for (const auto& [reason, count] : counts.fallbacks) fallbacks[nb::str(reason.c_str())] = count;
+    dict["window_bytes"] = counts.window_bytes;
+    dict["host_bytes"] = counts.host_bytes;
+    dict["fallbacks"] = fallbacks;
+    return dict;
+  }
+
+  // For rows on GPU `gpu`. Call it without the GIL.
+  WindowWriter* WindowFor(Client* client, int gpu) {
+    return windows_.For(client, gpu, [gpu]() -> absl::StatusOr<std::unique_ptr<IngestRing>> {
+      const auto device = MakeEngineDevice(absl::StrCat("cuda:", gpu), absl::Minutes(1));
+      if (!device.ok()) return device.status();
+      const IngestRingOptions options;
+      return (*device)->MakeIngestRing(options.slots, options.slot_bytes);
+    });
+  }
+
   // Of the server that has the sequence. Call it without the GIL.
   absl::StatusOr<Client*> ClientOf(const v1::SequenceHandle& sequence) {
     if (shards_ == nullptr) return client_.get();
@@ -149,43 +178,115 @@ class Connection {
  private:
   std::unique_ptr<Client> client_;  // or
   std::unique_ptr<Shards> shards_;
+  WindowWriters windows_;  // last: they use the clients
 };
 
 class Writer {
  public:
-  Writer(Connection& connection, const nb::bytes& sequence) {
-    const auto message = Parsed<v1::Sequence>(sequence, "sequence");
-    Client* const client =
-        ValueOrRaise(Released([&] { return connection.ClientOf(message.handle()); }));
-    writer_ = ValueOrRaise(PrefillWriter::Create(client, message));
+  using QueryRms = nb::ndarray<const float, nb::c_contig, nb::device::cpu>;
+
+  Writer(Connection& connection, const nb::bytes& sequence)
+      : connection_(connection), sequence_(Parsed<v1::Sequence>(sequence, "sequence")) {
+    client_ = ValueOrRaise(Released([&] { return connection.ClientOf(sequence_.handle()); }));
+    writer_ = ValueOrRaise(PrefillWriter::Create(client_, sequence_));
+  }
+  ~Writer() {
+    Released([this] { return AwaitWindows(); }).IgnoreError();
   }
 
   void Put(int64_t layer, int64_t first_token, int64_t tokens, const Array& keys,
-           const Array& values,
-           const nb::ndarray<const float, nb::c_contig, nb::device::cpu>& query_rms) {
-    absl::Status status;
-    {
-      nb::gil_scoped_release release;
-      status = writer_->WaitForRoom(static_cast<int64_t>(keys.nbytes() + values.nbytes()));
-      if (status.ok()) {
-        status =
-            writer_->Put(layer, first_token, tokens, Bytes(keys), Bytes(values), Floats(query_rms));
+           const Array& values, const QueryRms& query_rms) {
+    RaiseIfError(Released([&] {
+      if (window_ != nullptr) {
+        window_->CountHostBytes(static_cast<int64_t>(keys.nbytes() + values.nbytes()));
       }
-    }
-    RaiseIfError(status);
+      return writer_->PutWhenRoom(layer, first_token, tokens, Bytes(keys), Bytes(values),
+                                  Floats(query_rms));
+    }));
+  }
+
+  // Waits for slots, not for the stream. Returns how many of the tokens it took, the first ones.
+  int64_t PutFromGpu(int64_t layer, int64_t first_token, const GpuArray& keys,
+                     const GpuArray& values, const QueryRms& query_rms, uintptr_t stream) {
+    WindowWriter::Rows rows;
+    rows.sequence = &sequence_.handle();
+    rows.layer = layer;
+    rows.first_token = first_token;
+    rows.keys = ValueOrRaise(RowsOf(keys, "keys"));
+    rows.values = ValueOrRaise(RowsOf(values, "values"));
+    rows.query_rms.assign(query_rms.data(), query_rms.data() + query_rms.size());
+    rows.otherwise = writer_.get();
+    return ValueOrRaise(Released([&] {
+      if (window_ == nullptr) window_ = connection_.WindowFor(client_, keys.device_id());
+      return PutRows(&rows, reinterpret_cast<EngineStream>(stream));
+    }));
   }
 
   nb::bytes Finish() {
-    absl::StatusOr<v1::Sequence> sequence;
-    {
-      nb::gil_scoped_release release;
-      sequence = writer_->Finish();
-    }
-    return Serialized(ValueOrRaise(std::move(sequence)));
+    return Serialized(ValueOrRaise(Released([this]() -> absl::StatusOr<v1::Sequence> {
+      if (absl::Status status = AwaitWindows(); !status.ok()) return status;
+      return writer_->Finish();
+    })));
   }
 
  private:
+  absl::StatusOr<EngineRows> RowsOf(const GpuArray& array, const char* what) const {
+    const v1::KvShape& shape = sequence_.shape();
+    if (array.shape(1) != shape.kv_heads() || array.shape(2) != shape.head_dim() ||
+        array.stride(2) != 1) {
+      return Error(v1::SHAPE_MISMATCH, absl::StrCat(what, ": expected [tokens, ", shape.kv_heads(),
+                                                    ", ", shape.head_dim(), "] with dense rows"));
+    }
+    const int64_t element_bytes = static_cast<int64_t>(array.itemsize());
+    EngineRows rows;
+    rows.data = array.data();
+    rows.tokens = static_cast<int64_t>(array.shape(0));
+    rows.heads = static_cast<int64_t>(array.shape(1));
+    rows.row_bytes = static_cast<int64_t>(array.shape(2)) * element_bytes;
+    rows.token_stride_bytes = array.stride(0) * element_bytes;
+    rows.head_stride_bytes = array.stride(1) * element_bytes;
+    return rows;
+  }
+
+  absl::StatusOr<int64_t> PutRows(WindowWriter::Rows* rows, EngineStream stream) {
+    const int64_t all = rows->keys.tokens;
+    while (rows->keys.tokens > 0) {
+      Enter();
+      const absl::StatusOr<int64_t> taken =
+          window_->Put(*rows, stream, /*wait=*/true, [this](const absl::Status& s) { Leave(s); });
+      if (!taken.ok() || *taken == 0) Leave(absl::OkStatus());
+      if (!taken.ok()) return taken.status();
+      if (*taken == 0) break;
+      rows->Skip(*taken);
+    }
+    return all - rows->keys.tokens;
+  }
+
+  void Enter() {
+    const std::lock_guard<std::mutex> lock(mutex_);
+    ++in_windows_;
+  }
+  void Leave(const absl::Status& status) {
+    const std::lock_guard<std::mutex> lock(mutex_);
+    if (failure_.ok()) failure_ = status;
+    if (--in_windows_ == 0) idle_.notify_all();
+  }
+  // Waits until no rows are in slots; the first failure of any.
+  absl::Status AwaitWindows() {
+    std::unique_lock<std::mutex> lock(mutex_);
+    idle_.wait(lock, [this] { return in_windows_ == 0; });
+    return failure_;
+  }
+
+  Connection& connection_;
+  const v1::Sequence sequence_;
+  Client* client_ = nullptr;
+  WindowWriter* window_ = nullptr;  // once rows of a GPU came
   std::unique_ptr<PrefillWriter> writer_;
+  std::mutex mutex_;
+  std::condition_variable idle_;
+  int64_t in_windows_ = 0;
+  absl::Status failure_;
 };
 
 class Decoder {
@@ -286,11 +387,14 @@ NB_MODULE(_native, m) {
            nb::arg("tls_server_name") = "", nb::arg("several") = false)
       .def("open", &Connection::Open, nb::arg("request"))
       .def("release", &Connection::Release, nb::arg("handle"))
-      .def("reconnect", &Connection::Reconnect, nb::arg("timeout"));
+      .def("reconnect", &Connection::Reconnect, nb::arg("timeout"))
+      .def("ingest_counts", &Connection::IngestCounts);
   nb::class_<Writer>(m, "PrefillWriter")
       .def(nb::init<Connection&, const nb::bytes&>(), nb::keep_alive<1, 2>())
       .def("put", &Writer::Put, nb::arg("layer"), nb::arg("first_token"), nb::arg("tokens"),
            nb::arg("keys"), nb::arg("values"), nb::arg("query_rms"))
+      .def("put_from_gpu", &Writer::PutFromGpu, nb::arg("layer"), nb::arg("first_token"),
+           nb::arg("keys"), nb::arg("values"), nb::arg("query_rms"), nb::arg("stream"))
       .def("finish", &Writer::Finish);
   nb::class_<Decoder>(m, "DecodeSession")
       .def(nb::init<Connection&, const nb::bytes&, const nb::bytes&, bool, const nb::bytes&>(),

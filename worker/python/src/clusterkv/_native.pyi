@@ -1,5 +1,5 @@
 """The native worker (native/module.cc). Messages are serialized protobufs; arrays are contiguous and in host
-memory, 16-bit floats as their bits."""
+memory, 16-bit floats as their bits, but for put_from_gpu's."""
 
 from typing import Any
 
@@ -13,6 +13,8 @@ class Connection:
     def open(self, request: bytes) -> bytes: ...
     def release(self, handle: bytes) -> None: ...
     def reconnect(self, timeout: float) -> bool: ...
+    def ingest_counts(self) -> dict[str, Any]:
+        """How rows that lay on GPUs went: window_bytes, host_bytes, fallbacks {reason: count}."""
 
 def rank_shards(sequence: str, names: list[str]) -> list[str]: ...
 
@@ -20,6 +22,10 @@ class PrefillWriter:
     def __init__(self, connection: Connection, sequence: bytes) -> None: ...
     def put(self, layer: int, first_token: int, tokens: int, keys: Any, values: Any,
             query_rms: Any) -> None: ...
+    def put_from_gpu(self, layer: int, first_token: int, keys: Any, values: Any, query_rms: Any,
+                     stream: int) -> int:
+        """keys, values [tokens, kv_heads, head_dim] by DLPack, read when `stream` (a cudaStream_t) comes to it.
+        Returns how many tokens went: fewer than all, or none, where the server cannot read this GPU."""
     def finish(self) -> bytes: ...
 
 class DecodeSession:

@@ -231,6 +231,17 @@ class Client:
             if error.reason != "NOT_OWNER":  # else it is not here
                 raise
 
+    async def connect_ingest(self, request: pb.ConnectIngestRequest, *, sequence: Any,
+                             session: "Session | ShardSessions",
+                             timeout: float | None = None) -> pb.ConnectIngestResponse:
+        """Maps the session's window at the server that has the sequence."""
+        address = await self._address(sequence, timeout)
+        request = _calls.with_session(request, await session.id_at(address))
+        return await self._call(self._stub(address).ConnectIngest, request, timeout)
+
+    async def put_window(self, request: pb.PutWindowRequest, *, timeout: float | None = None) -> None:
+        await self._call((await self._at(request.sequence, timeout)).PutWindow, request, timeout)
+
     async def attach(self, request: pb.AttachRequest, *,
                      session: "Session | ShardSessions | None" = None,
                      timeout: float | None = None) -> pb.AttachResponse:

@@ -235,6 +235,16 @@ class Client:
             if error.reason != "NOT_OWNER":  # else it is not here
                 raise
 
+    def connect_ingest(self, request: pb.ConnectIngestRequest, *, sequence: Any,
+                       session: "Session | ShardSessions", timeout: float | None = None) -> pb.ConnectIngestResponse:
+        """Maps the session's window at the server that has the sequence."""
+        address = self._address(sequence, timeout)
+        request = _calls.with_session(request, session.id_at(address))
+        return self._call(self._stub(address).ConnectIngest, request, timeout)
+
+    def put_window(self, request: pb.PutWindowRequest, *, timeout: float | None = None) -> None:
+        self._call(self._at(request.sequence, timeout).PutWindow, request, timeout)
+
     def attach(self, request: pb.AttachRequest, *, session: "Session | ShardSessions | None" = None,
                timeout: float | None = None) -> pb.AttachResponse:
         address = self._address(request.sequence, timeout)

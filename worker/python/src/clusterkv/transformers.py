@@ -169,8 +169,13 @@ class ClusterKVCache(Cache):
             k = key[row, :, pad:].transpose(0, 1)      # [tokens, kv_heads, head_dim]
             v = value[row, :, pad:].transpose(0, 1)
             q = query[row, :, pad:].float().reshape(self.kv_heads, group, -1, self.head_dim)
-            rms = q.pow(2).mean(dim=(1, 2)).sqrt().contiguous().cpu()
-            writer.put(layer.layer_idx - self.dense_layers, 0, k.shape[0], _host(k), _host(v), rms.numpy())
+            rms = q.pow(2).mean(dim=(1, 2)).sqrt().contiguous().cpu().numpy()
+            index, taken = layer.layer_idx - self.dense_layers, 0
+            if k.is_cuda:
+                taken = writer.put_from_gpu(index, 0, k.detach(), v.detach(), rms,
+                                            torch.cuda.current_stream(k.device).cuda_stream)
+            if taken < k.shape[0]:
+                writer.put(index, taken, k.shape[0] - taken, _host(k[taken:]), _host(v[taken:]), rms)
 
     def _finish_prompt(self) -> None:
         for writer in self._writers:
@@ -250,9 +255,10 @@ class ClusterKVCache(Cache):
     def stats(self) -> dict[str, float]:
         """Sums over rows, layers, heads and steps: exact_tokens, recalled_tokens, recalled_bytes,
         state_bytes (all that was answered for tokens) and correction_bytes (the part of it that makes up
-        for a codec's loss), select_us, recall_us; hit_rate; held_bytes (of this worker now, dense layers
-        left out) and full_bytes (what a full cache of the same layers would hold)."""
-        figures = self._figures
+        for a codec's loss), select_us, recall_us; hit_rate; ingest_window_bytes and
+        ingest_host_bytes (of prompts that lay on a GPU: read there by the server, or copied through host
+        memory); held_bytes (of this worker now, dense layers left out) and full_bytes (what a full cache of the same layers would hold)."""
+        figures, counts = self._figures, self._connection.ingest_counts()
         exact = figures.get("exact_tokens", 0)
         length = max((layer.length for layer in self.layers if isinstance(layer, _RemoteLayer)), default=0)
         full = sum(length - pad for pad in self._padding)
@@ -260,6 +266,7 @@ class ClusterKVCache(Cache):
                     "exact_tokens", "recalled_tokens", "recalled_bytes", "state_bytes",
                     "correction_bytes", "select_us", "recall_us")},
                 "hit_rate": figures.get("hits", 0) / exact if exact else 0.0,
+                "ingest_window_bytes": counts["window_bytes"], "ingest_host_bytes": counts["host_bytes"],
                 "held_bytes": sum(decoder.held_bytes for decoder in self._decoders),
                 "full_bytes": full * 2 * self.kv_heads * self.head_dim * self._element_bytes *
                 (self.config.num_hidden_layers - self.dense_layers)}
