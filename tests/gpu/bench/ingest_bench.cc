@@ -91,8 +91,8 @@ struct Result {
   std::string way;
   double in_seconds = 0, sealed_seconds = 0;  // all tokens are in; and clustered
   int64_t bytes = 0;
-  IngestCounts counts;
-  std::vector<uint64_t> digests;
+  IngestCounts counts = {};
+  std::vector<uint64_t> digests = {};
 };
 
 // When every token of the sequence is in.
@@ -227,7 +227,8 @@ struct Measured {
 
 Measured Measure(const ckv::ServerProcess& server, const std::function<Result()>& run) {
   const v1::Stats before = StatsOf(server.admin());
-  Measured measured{run()};
+  Measured measured;
+  measured.result = run();
   const v1::Stats after = StatsOf(server.admin());
   measured.uploaded = after.device_uploaded_bytes() - before.device_uploaded_bytes();
   measured.fetched = after.device_fetched_bytes() - before.device_fetched_bytes();
