@@ -289,7 +289,8 @@ __device__ __forceinline__ T FromLane(T value, int lane) {
   return __shfl_sync(kFullMask, value, lane);
 }
 
-// Rows of the tile of tokens [first, count): locate(i, &key, &value, &heads) for a token i < count.
+// Rows of the tile of tokens [first, count): locate(i, token, &key, &value, &heads) for the lane's
+// two tokens (i = 0, 1), which are < count.
 template <typename Locate>
 __device__ __forceinline__ TileRows MakeRows(int first, int count, const Locate& locate) {
   const int lane = threadIdx.x % kWarp, r = lane / 4, t = lane % 4;
@@ -299,7 +300,7 @@ __device__ __forceinline__ TileRows MakeRows(int first, int count, const Locate&
   for (int i = 0; i < 2; ++i) {
     const int token = first + r + 8 * i;
     const unsigned char *key_row, *value_row;
-    locate(min(token, count - 1), &key_row, &value_row, &heads[i]);
+    locate(i, min(token, count - 1), &key_row, &value_row, &heads[i]);
     if (token >= count) heads[i] = 0;
     key[i] = reinterpret_cast<unsigned long long>(key_row);
     value[i] = reinterpret_cast<unsigned long long>(value_row);
@@ -327,36 +328,64 @@ __device__ __forceinline__ void AttendRuns(const DeviceRawRun* runs, int count, 
     const int tokens = static_cast<int>(raw.tokens);
     const int tiles = (tokens + kTile - 1) / kTile;
     for (int tile = (worker - *turn % workers + workers) % workers; tile < tiles; tile += workers) {
-      const TileRows rows = MakeRows(
-          tile * kTile, tokens,
-          [&](int token, const unsigned char** key, const unsigned char** value, uint32_t* heads) {
-            *key = raw.keys + token * raw.key_stride_bytes;
-            *value = raw.values + token * raw.value_stride_bytes;
-            *heads = 0xffu;
-          });
+      const TileRows rows = MakeRows(tile * kTile, tokens,
+                                     [&](int, int token, const unsigned char** key,
+                                         const unsigned char** value, uint32_t* heads) {
+                                       *key = raw.keys + token * raw.key_stride_bytes;
+                                       *value = raw.values + token * raw.value_stride_bytes;
+                                       *heads = 0xffu;
+                                     });
       AttendTile<kRaw>(b, rows, b.query_raw, run);
     }
     *turn += tiles;
   }
 }
 
+// Asks for a record in the second cache; four lanes share it.
+__device__ __forceinline__ void PrefetchRecord(const unsigned char* record, int record_bytes) {
+  constexpr int kPiece = 64;  // bytes that memory is read by
+  for (int at = threadIdx.x % 4 * kPiece; at < record_bytes; at += 4 * kPiece) {
+    PrefetchL2(record + at);
+  }
+}
+
 // Likewise the tiles of `count` records: that of token i at slot_base + slot(i) * record_bytes, for
-// the query heads heads(i), bits.
+// the query heads heads(i), bits. Slots are read two tiles ahead, and records asked for one.
 template <Source kRecord, int kChunks, typename Slot, typename Heads>
 __device__ __forceinline__ void AttendRecords(const unsigned char* slot_base, int record_bytes,
                                               int count, const Slot& slot, const Heads& heads_of,
                                               const BlockState& b, int worker, int workers,
                                               int turn, Running<kChunks>& run) {
-  const int tiles = (count + kTile - 1) / kTile;
-  for (int tile = (worker - turn % workers + workers) % workers; tile < tiles; tile += workers) {
-    const TileRows rows = MakeRows(
-        tile * kTile, count,
-        [&](int token, const unsigned char** key, const unsigned char** value, uint32_t* heads) {
-          *key = slot_base + static_cast<int64_t>(slot(token)) * record_bytes;
-          *value = kRecord == Source::kK8V4 ? *key : *key + record_bytes / 2;
-          *heads = heads_of(token);
-        });
+  const int tiles = (count + kTile - 1) / kTile, r = threadIdx.x % kWarp / 4;
+  int tile = (worker - turn % workers + workers) % workers;
+  if (tile >= tiles) return;
+  const auto record_of = [&](int of_tile, int i) {
+    const int token = min(of_tile * kTile + r + 8 * i, count - 1);
+    return slot_base + static_cast<int64_t>(slot(token)) * record_bytes;
+  };
+  const unsigned char* records[2] = {record_of(tile, 0), record_of(tile, 1)};
+  const unsigned char* next[2] = {record_of(tile + workers, 0), record_of(tile + workers, 1)};
+  for (; tile < tiles; tile += workers) {
+    if (tile + workers < tiles) {
+#pragma unroll
+      for (int i = 0; i < 2; ++i) PrefetchRecord(next[i], record_bytes);
+    }
+    const unsigned char* after[2] = {record_of(tile + 2 * workers, 0),
+                                     record_of(tile + 2 * workers, 1)};
+    const TileRows rows =
+        MakeRows(tile * kTile, count,
+                 [&](int i, int token, const unsigned char** key, const unsigned char** value,
+                     uint32_t* heads) {
+                   *key = records[i];
+                   *value = kRecord == Source::kK8V4 ? records[i] : records[i] + record_bytes / 2;
+                   *heads = heads_of(token);
+                 });
     AttendTile<kRecord>(b, rows, b.query_record, run);
+#pragma unroll
+    for (int i = 0; i < 2; ++i) {
+      records[i] = next[i];
+      next[i] = after[i];
+    }
   }
 }
 

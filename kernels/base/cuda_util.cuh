@@ -490,6 +490,39 @@ __device__ __forceinline__ double WarpSumDouble(double x) {
   return x;
 }
 
+template <bool kSum>
+__device__ __forceinline__ float Join(float a, float b) {
+  return kSum ? a + b : fmaxf(a, b);
+}
+// The sum or largest over the lanes of each of four numbers: in lane l that of number l / 8.
+template <bool kSum>
+__device__ __forceinline__ float WarpJoin4(float4 x) {
+  const bool high = threadIdx.x % kWarp >= 16, odd = threadIdx.x / 8 % 2 == 1;
+  float keep0 = high ? x.z : x.x, keep1 = high ? x.w : x.y;
+  const float give0 = high ? x.x : x.z, give1 = high ? x.y : x.w;
+  keep0 = Join<kSum>(keep0, __shfl_xor_sync(kFullMask, give0, 16));
+  keep1 = Join<kSum>(keep1, __shfl_xor_sync(kFullMask, give1, 16));
+  const float give = odd ? keep0 : keep1;
+  float keep = Join<kSum>(odd ? keep1 : keep0, __shfl_xor_sync(kFullMask, give, 8));
+#pragma unroll
+  for (int offset = 4; offset > 0; offset /= 2) {
+    keep = Join<kSum>(keep, __shfl_xor_sync(kFullMask, keep, offset));
+  }
+  return keep;
+}
+// The four numbers that lanes 0, step, … have; WarpJoin4 leaves them 8 apart.
+__device__ __forceinline__ float4 Spread4(float x, int step) {
+  return make_float4(__shfl_sync(kFullMask, x, 0), __shfl_sync(kFullMask, x, step),
+                     __shfl_sync(kFullMask, x, 2 * step), __shfl_sync(kFullMask, x, 3 * step));
+}
+// An address that lane `from` has.
+__device__ __forceinline__ const unsigned char* ShuffleAddress(const unsigned char* mine,
+                                                               int from) {
+  using Address = unsigned long long;  // NOLINT(runtime/int): what shuffles take
+  return reinterpret_cast<const unsigned char*>(
+      __shfl_sync(kFullMask, reinterpret_cast<Address>(mine), from));
+}
+
 // Sum over the lanes up to and with this one.
 __device__ __forceinline__ int WarpInclusiveSum(int x) {
   const int lane = static_cast<int>(threadIdx.x) % kWarp;

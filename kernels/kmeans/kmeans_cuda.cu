@@ -12,6 +12,7 @@
 // Rows are kept a second time as fp16 of unit length, channels permuted so that one 16-byte load
 // per lane is two matrix operands; centroids in tiles of 64, as MatrixB has them (hopper.cuh).
 #include <algorithm>
+#include <type_traits>
 
 #include "kernels/base/cuda_util.cuh"
 #include "kernels/base/hopper.cuh"
@@ -34,10 +35,17 @@ constexpr int kHopperThreads = kGroups * 128 + kWarp;
 constexpr int kHopperStages = 8;
 constexpr int kRescoreThreads = 128;
 constexpr int kRescoreRows = 64;                                // scored at a time
-constexpr int kRescoreChunk = 2048;                             // that a block looks through
+constexpr int kRescoreChunk = 1024;                             // that a block looks through
 constexpr int kRescoreRoom = 2 * kRescoreRows * kTileClusters;  // candidates
 constexpr int kPrepareRows = 4;                                 // of a warp
 constexpr int kSortThreads = 1024;
+constexpr int kMeansThreads = 128;
+constexpr int kMeansWarps = kMeansThreads / kWarp;
+constexpr int kLineBytes = 128;  // of the second cache
+// Of a multiprocessor: as many as have registers for the rows that are in flight.
+constexpr __host__ __device__ int MeansBlocks(int vectors) {
+  return vectors == 1 ? 9 : 12 / vectors;
+}
 constexpr int64_t kSortCountBytes = 180 * 1024;
 constexpr float kNegativeInfinity = -__builtin_huge_valf();
 
@@ -73,8 +81,53 @@ struct Plan {
   static constexpr int kChannelStep = kTileClusters * 8;
 };
 
+// A problem in shared memory: all its fields for one trip to memory. 16-byte units.
+constexpr int kProblemBytes = (sizeof(KMeansCudaProblem) + 15) / 16 * 16;
+static_assert(sizeof(KMeansCudaProblem) % 8 == 0);
+// Ends with a barrier. All threads.
+__device__ __forceinline__ const KMeansCudaProblem& ShareProblem(const KMeansCudaProblem* problem,
+                                                                 unsigned char* shared) {
+  constexpr int kWords = sizeof(KMeansCudaProblem) / 8;
+  for (int i = threadIdx.x; i < kWords; i += static_cast<int>(blockDim.x)) {
+    reinterpret_cast<uint64_t*>(shared)[i] = reinterpret_cast<const uint64_t*>(problem)[i];
+  }
+  __syncthreads();
+  return *reinterpret_cast<const KMeansCudaProblem*>(shared);
+}
+
 __device__ __forceinline__ const unsigned char* RowOf(const KMeansCudaProblem& problem, int row) {
   return problem.rows.At(problem.first_row + static_cast<uint32_t>(row)) + problem.row_offset;
+}
+
+// Channels [j, j + 4) of a row as they lie in memory: 8 bytes, or 16 of fp32.
+template <bool kWide>
+struct RawFour {
+  std::conditional_t<kWide, float4, uint2> words;
+
+  __device__ __forceinline__ void Load(const unsigned char* row, int j) {
+    words = *reinterpret_cast<const decltype(words)*>(row + j * (kWide ? 4 : 2));
+  }
+  // Not weighted. `type`: of 16 bits, where not kWide.
+  __device__ __forceinline__ float4 Get(ElementType type) const {
+    if constexpr (kWide) {
+      return words;
+    } else {
+      const uint16_t bits[4] = {
+          static_cast<uint16_t>(words.x), static_cast<uint16_t>(words.x >> 16),
+          static_cast<uint16_t>(words.y), static_cast<uint16_t>(words.y >> 16)};
+      return type == ElementType::kFloat16
+                 ? make_float4(HalfBitsToFloat(bits[0]), HalfBitsToFloat(bits[1]),
+                               HalfBitsToFloat(bits[2]), HalfBitsToFloat(bits[3]))
+                 : make_float4(BFloat16BitsToFloat(bits[0]), BFloat16BitsToFloat(bits[1]),
+                               BFloat16BitsToFloat(bits[2]), BFloat16BitsToFloat(bits[3]));
+    }
+  }
+};
+
+// x · w, each product rounded: no multiply-add takes it in.
+__device__ __forceinline__ float4 Weighted(float4 x, float4 w) {
+  return make_float4(__fmul_rn(x.x, w.x), __fmul_rn(x.y, w.y), __fmul_rn(x.z, w.z),
+                     __fmul_rn(x.w, w.w));
 }
 
 // Channels [j, j + 4) of a row, weighted: the very floats that KMeans is given on the CPU.
@@ -82,43 +135,17 @@ __device__ __forceinline__ float4 RowFour(const KMeansCudaProblem& problem,
                                           const unsigned char* row, ElementType type, int j) {
   float4 x;
   if (type == ElementType::kFloat32) {
-    x = *reinterpret_cast<const float4*>(row + 4 * j);
+    RawFour<true> raw;
+    raw.Load(row, j);
+    x = raw.Get(type);
   } else {
-    const uint2 words = *reinterpret_cast<const uint2*>(row + 2 * j);
-    const uint16_t bits[4] = {static_cast<uint16_t>(words.x), static_cast<uint16_t>(words.x >> 16),
-                              static_cast<uint16_t>(words.y), static_cast<uint16_t>(words.y >> 16)};
-    x = type == ElementType::kFloat16
-            ? make_float4(HalfBitsToFloat(bits[0]), HalfBitsToFloat(bits[1]),
-                          HalfBitsToFloat(bits[2]), HalfBitsToFloat(bits[3]))
-            : make_float4(BFloat16BitsToFloat(bits[0]), BFloat16BitsToFloat(bits[1]),
-                          BFloat16BitsToFloat(bits[2]), BFloat16BitsToFloat(bits[3]));
+    RawFour<false> raw;
+    raw.Load(row, j);
+    x = raw.Get(type);
   }
   if (problem.weights == nullptr) return x;
-  const float4 w = *reinterpret_cast<const float4*>(problem.weights + j);
-  return make_float4(__fmul_rn(x.x, w.x), __fmul_rn(x.y, w.y), __fmul_rn(x.z, w.z),
-                     __fmul_rn(x.w, w.w));
+  return Weighted(x, *reinterpret_cast<const float4*>(problem.weights + j));
 }
-
-// Eight channels of a row as they lie in memory: 16 bytes, or 32 of fp32.
-template <bool kWide>
-struct RawEight {
-  uint4 words[kWide ? 2 : 1];
-
-  __device__ __forceinline__ void Load(const unsigned char* row, int j) {
-    const uint4* from = reinterpret_cast<const uint4*>(row + (kWide ? 4 : 2) * j);
-    words[0] = from[0];
-    if constexpr (kWide) words[1] = from[1];
-  }
-  // Channel i, not weighted.
-  __device__ __forceinline__ float Get(ElementType type, int i) const {
-    const uint4& w = words[kWide ? i / 4 : 0];
-    const int at = kWide ? i % 4 : i / 2;
-    const uint32_t word = at == 0 ? w.x : at == 1 ? w.y : at == 2 ? w.z : w.w;
-    if constexpr (kWide) return __uint_as_float(word);
-    const uint16_t bits = static_cast<uint16_t>(word >> (i % 2 * 16));
-    return type == ElementType::kFloat16 ? HalfBitsToFloat(bits) : BFloat16BitsToFloat(bits);
-  }
-};
 
 // A lane's share of a row, or of zeros beyond it: channels [4 (lane + 32 v), …).
 template <int kVectors>
@@ -146,112 +173,59 @@ __device__ __forceinline__ int PermutedChannel(int j) {
 // ---- rows and centroids as fp16 of unit length
 // ---------------------------------------------------------
 
-// Writes a row's fp16 copy and margin. A warp.
-template <int kVectors>
-__device__ void PrepareRow(const Plan& plan, int index, int row, const RowShare<kVectors>& share,
-                           unsigned char* workspace) {
-  const int lane = threadIdx.x % kWarp;
-  float squares = 0;
-#pragma unroll
-  for (int v = 0; v < kVectors; ++v) {
-    const float4& x = share.x[v];
-    squares += x.x * x.x + x.y * x.y + x.z * x.z + x.w * x.w;
-  }
-  squares = WarpSum(squares);
-  const float inverse = squares > 0 ? 1.0f / sqrtf(squares) : 0.0f;
-  const int64_t at = static_cast<int64_t>(index) * plan.padded_rows + row;
-  uint16_t* to = plan.At<uint16_t>(workspace, plan.rows, at * plan.padded_dim);
-  float fourth = 0;
-#pragma unroll
-  for (int v = 0; v < kVectors; ++v) {
-    const int j = 4 * (lane + v * kWarp);
-    const float x[4] = {share.x[v].x * inverse, share.x[v].y * inverse, share.x[v].z * inverse,
-                        share.x[v].w * inverse};
-    if (j < plan.padded_dim) {
-      *reinterpret_cast<uint32_t*>(to + PermutedChannel(j)) = PackHalves(x[0], x[1]);
-      *reinterpret_cast<uint32_t*>(to + PermutedChannel(j + 2)) = PackHalves(x[2], x[3]);
-    }
-#pragma unroll
-    for (int i = 0; i < 4; ++i) fourth += x[i] * x[i] * x[i] * x[i];
-  }
-  fourth = WarpSum(fourth);
-  // The two factors of each product are off by .41 · 2^-11 of it (root mean square), so the
-  // difference of two scores by .41 · 2 · 2^-11 · sqrt(sum of fourth powers) for a centroid like
-  // the row; six of those.
-  if (lane == 0) {
-    *plan.At<float>(workspace, plan.margins, at) = 2.5e-3f * sqrtf(fourth) + 2e-6f;
-  }
-}
-
+// Writes the fp16 copies and margins of kPrepareRows rows per warp.
 template <int kVectors>
 __global__ void __launch_bounds__(256)
     PrepareRowsKernel(const __grid_constant__ Plan plan, const KMeansCudaProblem* problems,
                       unsigned char* workspace) {
+  static_assert(kPrepareRows == 4);  // what WarpJoin4 joins
   const KMeansCudaParams& p = plan.params;
-  const int index = static_cast<int>(blockIdx.y);
-  const KMeansCudaProblem& problem = problems[index];
+  const int index = static_cast<int>(blockIdx.y), lane = threadIdx.x % kWarp;
+  const KMeansCudaProblem& problem = ShareProblem(problems + index, SharedMemory());
   const int first = (static_cast<int>(blockIdx.x) * 8 + threadIdx.x / kWarp) * kPrepareRows;
+  const int count = min(kPrepareRows, problem.row_count - first);
   RowShare<kVectors> shares[kPrepareRows];
+  float squares[kPrepareRows] = {}, fourths[kPrepareRows] = {};
 #pragma unroll
   for (int k = 0; k < kPrepareRows; ++k) {
     shares[k].Load(problem, RowOf(problem, min(first + k, problem.row_count - 1)), p);
   }
 #pragma unroll
-  for (int k = 0; k < kPrepareRows && first + k < problem.row_count; ++k) {
-    PrepareRow<kVectors>(plan, index, first + k, shares[k], workspace);
-  }
-}
-
-// Writes centroid c, by kLanes lanes with kVectors times 8 channels each, and its unit-length
-// copies.
-template <int kLanes, int kVectors>
-__device__ void StoreMean(const Plan& plan, const KMeansCudaProblem& problem, int index, int c,
-                          const float (&mean)[kVectors][8], unsigned char* workspace) {
-  const KMeansCudaParams& p = plan.params;
-  const int lane = threadIdx.x % kLanes;
-  const unsigned mask = kLanes == kWarp                ? kFullMask
-                        : threadIdx.x % kWarp < kLanes ? 0x0000ffffu
-                                                       : 0xffff0000u;
-  double squares = 0;
+  for (int k = 0; k < kPrepareRows; ++k) {
 #pragma unroll
-  for (int v = 0; v < kVectors; ++v) {
-#pragma unroll
-    for (int i = 0; i < 8; ++i) {
-      const bool inside = 8 * (lane + v * kLanes) < p.dim;
-      squares += inside ? static_cast<double>(mean[v][i]) * mean[v][i] : 0.0;
+    for (int v = 0; v < kVectors; ++v) {
+      const float4& x = shares[k].x[v];
+      squares[k] += x.x * x.x + x.y * x.y + x.z * x.z + x.w * x.w;
     }
   }
+  // Lane l works for row l / 8.
+  const float total = WarpJoin4<true>(make_float4(squares[0], squares[1], squares[2], squares[3]));
+  const float4 spread = Spread4(total > 0 ? 1.0f / sqrtf(total) : 0.0f, 8);
+  const float inverses[kPrepareRows] = {spread.x, spread.y, spread.z, spread.w};
+  const int64_t at = static_cast<int64_t>(index) * plan.padded_rows + first;
 #pragma unroll
-  for (int offset = kLanes / 2; offset > 0; offset /= 2) {
-    squares += __shfl_xor_sync(mask, squares, offset);
-  }
-  const double inverse = squares > 0 ? 1.0 / sqrt(squares) : 0.0;
-  float* unit = plan.At<float>(workspace, plan.unit,
-                               (static_cast<int64_t>(index) * p.max_clusters + c) * p.dim);
-  float* raw = problem.centroids + static_cast<int64_t>(c) * p.dim;
-  uint16_t* half = plan.Centroid(workspace, index, c);
+  for (int k = 0; k < kPrepareRows; ++k) {
+    uint16_t* to = plan.At<uint16_t>(workspace, plan.rows, (at + k) * plan.padded_dim);
 #pragma unroll
-  for (int v = 0; v < kVectors; ++v) {
-    const int j = 8 * (lane + v * kLanes);
-    const bool inside = j < p.dim;
-    float x[8];
-#pragma unroll
-    for (int i = 0; i < 8; ++i) x[i] = inside ? static_cast<float>(mean[v][i] * inverse) : 0.0f;
-    if (inside) {
-      float4* to_raw = reinterpret_cast<float4*>(raw + j);
-      float4* to_unit = reinterpret_cast<float4*>(unit + j);
-#pragma unroll
-      for (int i = 0; i < 2; ++i) {
-        to_raw[i] =
-            make_float4(mean[v][4 * i], mean[v][4 * i + 1], mean[v][4 * i + 2], mean[v][4 * i + 3]);
-        to_unit[i] = make_float4(x[4 * i], x[4 * i + 1], x[4 * i + 2], x[4 * i + 3]);
+    for (int v = 0; v < kVectors; ++v) {
+      const int j = 4 * (lane + v * kWarp);
+      const float4& share = shares[k].x[v];
+      const float x[4] = {share.x * inverses[k], share.y * inverses[k], share.z * inverses[k],
+                          share.w * inverses[k]};
+      if (j < plan.padded_dim && k < count) {
+        *reinterpret_cast<uint32_t*>(to + PermutedChannel(j)) = PackHalves(x[0], x[1]);
+        *reinterpret_cast<uint32_t*>(to + PermutedChannel(j + 2)) = PackHalves(x[2], x[3]);
       }
+#pragma unroll
+      for (int i = 0; i < 4; ++i) fourths[k] += x[i] * x[i] * x[i] * x[i];
     }
-    if (j < plan.padded_dim) {
-      *reinterpret_cast<uint4*>(half + j / 8 * Plan::kChannelStep) =
-          make_uint4(PackHalves(x[0], x[1]), PackHalves(x[2], x[3]), PackHalves(x[4], x[5]),
-                     PackHalves(x[6], x[7]));
-    }
+  }
+  const float fourth = WarpJoin4<true>(make_float4(fourths[0], fourths[1], fourths[2], fourths[3]));
+  // The two factors of each product are off by .41 · 2^-11 of it (root mean square), so the
+  // difference of two scores by .41 · 2 · 2^-11 · sqrt(sum of fourth powers) for a centroid like
+  // the row; six of those.
+  if (lane % 8 == 0 && lane / 8 < count) {
+    *plan.At<float>(workspace, plan.margins, at + lane / 8) = 2.5e-3f * sqrtf(fourth) + 2e-6f;
   }
 }
 
@@ -691,6 +665,19 @@ __global__ void __launch_bounds__(kHopperThreads, 1)
 #endif
 }
 
+// Labels of rows first, first + step, … that lie before `end`; kNoLabel of others. Asked for
+// together: loads in a loop with atomics wait for each other.
+constexpr int kLabelBatch = 8;
+constexpr int32_t kNoLabel = 0x7fffffff;
+__device__ __forceinline__ void LoadLabels(const int32_t* labels, int first, int step, int end,
+                                           int32_t (&out)[kLabelBatch]) {
+#pragma unroll
+  for (int j = 0; j < kLabelBatch; ++j) {
+    const int row = first + j * step;
+    out[j] = row < end ? labels[row] : kNoLabel;
+  }
+}
+
 // ---- close rows
 // --------------------------------------------------------------------------------------
 
@@ -707,7 +694,7 @@ __device__ __forceinline__ float ExactScore(const KMeansCudaProblem& problem,
                                             const KMeansCudaParams& p, int row, const float* unit) {
   const unsigned char* from = RowOf(problem, row);
   float sum = 0;
-#pragma unroll 8
+#pragma unroll 16
   for (int j = 0; j < p.dim; j += 4) {
     const float4 x = RowFour(problem, from, p.element_type, j);
     const float4 c = *reinterpret_cast<const float4*>(unit + j);
@@ -717,6 +704,7 @@ __device__ __forceinline__ float ExactScore(const KMeansCudaProblem& problem,
 }
 
 struct RescoreShared {
+  alignas(16) unsigned char problem[kProblemBytes];
   unsigned long long best[kRescoreRows];  // NOLINT(runtime/int): what atomicMax takes
   uint32_t candidates[kRescoreRoom];      // row of the batch, cluster
   int close[kRescoreChunk];
@@ -781,16 +769,19 @@ __device__ void RescoreRows(const Plan& plan, const KMeansCudaProblem& problem, 
     __syncthreads();
     float sum[1][kTileClusters / 8][4];
     ScoreTile<kDim, 1>(rows, stages + tile % kDepth * kTile, sum);
+    uint32_t hits = 0;  // few, or none
 #pragma unroll
     for (int n = 0; n < kTileClusters / 8; ++n) {
 #pragma unroll
-      for (int i = 0; i < 4; ++i) {
-        const int cluster = first + n * 8 + t * 2 + i % 2;
-        if (!(sum[0][n][i] >= limit[i / 2]) || cluster >= clusters) continue;
-        const uint32_t row = static_cast<uint32_t>(warp * 16 + i / 2 * 8 + r);
-        const int at = atomicAdd(&shared.candidate_count, 1);
-        shared.candidates[at] = row << 16 | static_cast<uint32_t>(cluster);
-      }
+      for (int i = 0; i < 4; ++i) hits |= sum[0][n][i] >= limit[i / 2] ? 1u << (4 * n + i) : 0u;
+    }
+    for (; hits != 0; hits &= hits - 1) {
+      const int hit = __ffs(static_cast<int>(hits)) - 1, i = hit % 4;
+      const int cluster = first + hit / 4 * 8 + t * 2 + i % 2;
+      if (cluster >= clusters) continue;
+      const uint32_t row = static_cast<uint32_t>(warp * 16 + i / 2 * 8 + r);
+      const int at = atomicAdd(&shared.candidate_count, 1);
+      shared.candidates[at] = row << 16 | static_cast<uint32_t>(cluster);
     }
     __syncthreads();
     if (shared.candidate_count > kRescoreRoom - kRescoreRows * kTileClusters) {
@@ -811,17 +802,23 @@ __global__ void __launch_bounds__(kRescoreThreads)
     RescoreKernel(const __grid_constant__ Plan plan, const KMeansCudaProblem* problems,
                   unsigned char* workspace) {
   const int index = static_cast<int>(blockIdx.y);
-  const KMeansCudaProblem& problem = problems[index];
+  RescoreShared& shared = *reinterpret_cast<RescoreShared*>(SharedMemory());
+  const KMeansCudaProblem& problem = ShareProblem(problems + index, shared.problem);
   const int begin = static_cast<int>(blockIdx.x) * kRescoreChunk;
   const int end = min(problem.row_count, begin + kRescoreChunk);
-  RescoreShared& shared = *reinterpret_cast<RescoreShared*>(SharedMemory());
   uint16_t* stages =
       reinterpret_cast<uint16_t*>(SharedMemory() + (sizeof(RescoreShared) + 127) / 128 * 128);
   if (threadIdx.x == 0) shared.close_count = shared.candidate_count = 0;
   __syncthreads();
-#pragma unroll 8
-  for (int row = begin + static_cast<int>(threadIdx.x); row < end; row += kRescoreThreads) {
-    if (problem.labels[row] < 0) shared.close[atomicAdd(&shared.close_count, 1)] = row;
+  static_assert(kRescoreChunk == kLabelBatch * kRescoreThreads);
+  const int own = begin + static_cast<int>(threadIdx.x);
+  int32_t labels[kLabelBatch];
+  LoadLabels(problem.labels, own, kRescoreThreads, end, labels);
+#pragma unroll
+  for (int j = 0; j < kLabelBatch; ++j) {
+    if (labels[j] < 0) {
+      shared.close[atomicAdd(&shared.close_count, 1)] = own + j * kRescoreThreads;
+    }
   }
   __syncthreads();
   const int close = shared.close_count;
@@ -852,14 +849,44 @@ __device__ int BlockSumBefore(int x, int* sums, int* before) {
   return total;
 }
 
+// Lanes whose label has the same low `bits`. By ballots, which wait for less than
+// __match_any_sync.
+__device__ __forceinline__ unsigned LanesOfLabel(int32_t label, int bits) {
+  unsigned same = kFullMask;
+  for (int b = 0; b < bits; ++b) {
+    const bool set = label >> b & 1;
+    const unsigned lanes = __ballot_sync(kFullMask, set);
+    same &= set ? lanes : ~lanes;
+  }
+  return same;
+}
+
+// Writes each lane's row at the next place of its label, in order of lanes. `bits`: enough for
+// labels and one more, so that none of them has kNoLabel's. A warp.
+__device__ __forceinline__ void PlaceRow(int row, int32_t label, int bits, int* places,
+                                         int32_t* order) {
+  const int lane = threadIdx.x % kWarp;
+  const bool there = label != kNoLabel;
+  const unsigned same = LanesOfLabel(label, bits);
+  const int leader = __ffs(same) - 1;
+  int at = 0;
+  if (lane == leader && there) {
+    at = places[label];
+    places[label] = at + __popc(same);
+  }
+  at = __shfl_sync(kFullMask, at, leader);
+  if (there) order[at + __popc(same & ((1u << lane) - 1))] = row;
+  __syncwarp();
+}
+
 // A block per problem. Each of `workers` warps counts the labels of its run of rows; a scan turns
 // counts into places; then each warp places its rows, in order.
-__global__ void __launch_bounds__(kSortThreads)
+__global__ void __launch_bounds__(kSortThreads, 1)
     SortKernel(const KMeansCudaProblem* problems, int workers) {
-  const KMeansCudaProblem& problem = problems[blockIdx.x];
+  const KMeansCudaProblem& problem = ShareProblem(problems + blockIdx.x, SharedMemory());
   const int clusters = problem.cluster_count, rows = problem.row_count;
   const int lane = threadIdx.x % kWarp, warp = threadIdx.x / kWarp;
-  int* sums = reinterpret_cast<int*>(SharedMemory());
+  int* sums = reinterpret_cast<int*>(SharedMemory() + kProblemBytes);
   int* counts = sums + kWarp;  // [workers, clusters]
   for (int i = threadIdx.x; i < workers * clusters; i += kSortThreads) counts[i] = 0;
   __syncthreads();
@@ -867,13 +894,21 @@ __global__ void __launch_bounds__(kSortThreads)
   const int begin = min(rows, warp * share),
             end = warp < workers ? min(rows, begin + share) : begin;
   int* mine = counts + warp * clusters;
-  for (int row = begin + lane; row < end; row += kWarp) atomicAdd(&mine[problem.labels[row]], 1);
+  int32_t labels[kLabelBatch];
+  for (int first = begin; first < end; first += kLabelBatch * kWarp) {
+    LoadLabels(problem.labels, first + lane, kWarp, end, labels);
+#pragma unroll
+    for (int j = 0; j < kLabelBatch; ++j) {
+      if (labels[j] != kNoLabel) atomicAdd(&mine[labels[j]], 1);
+    }
+  }
   __syncthreads();
   int base = 0;
   for (int first = 0; first < clusters; first += kSortThreads) {
     const int c = first + static_cast<int>(threadIdx.x);
     int size = 0;
-    for (int w = 0; c < clusters && w < workers; ++w) size += counts[w * clusters + c];
+#pragma unroll 8
+    for (int w = 0; w < workers; ++w) size += c < clusters ? counts[w * clusters + c] : 0;
     int before;
     const int total = BlockSumBefore(size, sums, &before);
     if (c < clusters) {
@@ -889,19 +924,13 @@ __global__ void __launch_bounds__(kSortThreads)
   }
   if (threadIdx.x == 0) problem.begin[clusters] = rows;
   __syncthreads();
-  for (int first = begin; first < end; first += kWarp) {
-    const int row = first + lane;
-    const int label = row < end ? problem.labels[row] : -1;
-    const unsigned same = __match_any_sync(kFullMask, label);
-    const int leader = __ffs(same) - 1;
-    int at = 0;
-    if (lane == leader && label >= 0) {
-      at = mine[label];
-      mine[label] = at + __popc(same);
+  const int bits = kWarp - __clz(clusters);
+  for (int first = begin; first < end; first += kLabelBatch * kWarp) {
+    LoadLabels(problem.labels, first + lane, kWarp, end, labels);
+#pragma unroll
+    for (int j = 0; j < kLabelBatch; ++j) {
+      PlaceRow(first + j * kWarp + lane, labels[j], bits, mine, problem.order);
     }
-    at = __shfl_sync(kFullMask, at, leader);
-    if (label >= 0) problem.order[at + __popc(same & ((1u << lane) - 1))] = row;
-    __syncwarp();
   }
 }
 
@@ -924,73 +953,71 @@ __device__ __forceinline__ float Quotient(double sum, double size, double invers
   return static_cast<float>(clear ? product : sum / size);
 }
 
-// kLanes lanes per cluster, kVectors times 8 channels each; its rows in ascending order, in double,
-// several in flight. A warp has one cluster or two beside each other.
-template <int kLanes, int kVectors, bool kWide>
-__global__ void __launch_bounds__(256, 3)
+// A warp per cluster: its rows in ascending order, in double, kRows in flight.
+template <int kVectors, bool kWide>
+__global__ void __launch_bounds__(kMeansThreads, MeansBlocks(kVectors))
     MeansKernel(const __grid_constant__ Plan plan, const KMeansCudaProblem* problems,
                 unsigned char* workspace) {
-  constexpr int kClusters = kWarp / kLanes;
-  constexpr int kRows = 4 / kVectors;
+  constexpr int kRows = (kWide ? 4 : 8) / kVectors;
   const KMeansCudaParams& p = plan.params;
   const int index = static_cast<int>(blockIdx.y);
-  const KMeansCudaProblem& problem = problems[index];
-  const int lane = threadIdx.x % kLanes, half = threadIdx.x % kWarp / kLanes;
-  const int c = (static_cast<int>(blockIdx.x) * 8 + threadIdx.x / kWarp) * kClusters + half;
-  const bool works = c < problem.cluster_count;
-  const int begin = works ? problem.begin[c] : 0, end = works ? problem.begin[c + 1] : 0;
-  int longest = end - begin;
-  if constexpr (kClusters > 1) longest = max(longest, __shfl_xor_sync(kFullMask, longest, kLanes));
-  double sum[kVectors][8] = {};
-  float weight[kVectors][8];
+  const KMeansCudaProblem& problem = ShareProblem(problems + index, SharedMemory());
+  const int lane = threadIdx.x % kWarp;
+  const int c = static_cast<int>(blockIdx.x) * kMeansWarps + threadIdx.x / kWarp;
+  if (c >= problem.cluster_count) return;
+  const int begin = problem.begin[c], end = problem.begin[c + 1];
+  if (begin == end) return;  // keeps its last centroid
+  const int row_bytes = p.dim * (kWide ? 4 : 2);
+  // Lanes beyond the last channel read the last four, and come to nothing.
+  int channel[kVectors];
+  float4 weight[kVectors];
+  double sum[kVectors][4] = {};
 #pragma unroll
   for (int v = 0; v < kVectors; ++v) {
-#pragma unroll
-    for (int i = 0; i < 8; ++i) {
-      const int j = 8 * (lane + v * kLanes) + i;
-      weight[v][i] = problem.weights != nullptr && j < p.dim ? problem.weights[j] : 1.0f;
-    }
+    channel[v] = min(4 * (lane + v * kWarp), p.dim - 4);
+    weight[v] = problem.weights == nullptr
+                    ? make_float4(1, 1, 1, 1)
+                    : *reinterpret_cast<const float4*>(problem.weights + channel[v]);
   }
-  for (int base = 0; base < longest; base += kLanes) {
-    const int at = begin + min(base + lane, max(end - begin - 1, 0));
-    const unsigned char* mine = RowOf(problem, end > begin ? problem.order[at] : 0);
-    const int count = min(kLanes, longest - base), left = end - begin - base;
+  for (int base = begin; base < end; base += kWarp) {
+    const unsigned char* mine = RowOf(problem, problem.order[min(base + lane, end - 1)]);
+    const int count = min(kWarp, end - base);
+    for (int at = 0; at < row_bytes; at += kLineBytes) PrefetchL2(mine + at);
     for (int first = 0; first < count; first += kRows) {
-      RawEight<kWide> row[kRows][kVectors];
+      RawFour<kWide> rows[kRows][kVectors];
 #pragma unroll
       for (int k = 0; k < kRows; ++k) {
-        const unsigned char* from = reinterpret_cast<const unsigned char*>(
-            __shfl_sync(kFullMask, reinterpret_cast<unsigned long long>(mine),  // NOLINT
-                        half * kLanes + min(first + k, kLanes - 1)));
+        const unsigned char* from = ShuffleAddress(mine, first + k);
 #pragma unroll
         for (int v = 0; v < kVectors; ++v) {
-          const int j = 8 * (lane + v * kLanes);
-          if (first + k < left && j < p.dim) row[k][v].Load(from, j);
+          if (first + k < count) rows[k][v].Load(from, channel[v]);
         }
       }
 #pragma unroll
       for (int k = 0; k < kRows; ++k) {
-        if (first + k >= left) break;
+        if (first + k >= count) break;
 #pragma unroll
         for (int v = 0; v < kVectors; ++v) {
-#pragma unroll
-          for (int i = 0; i < 8; ++i) {
-            sum[v][i] +=
-                static_cast<double>(__fmul_rn(row[k][v].Get(p.element_type, i), weight[v][i]));
-          }
+          const float4 x = Weighted(rows[k][v].Get(p.element_type), weight[v]);
+          sum[v][0] += static_cast<double>(x.x);
+          sum[v][1] += static_cast<double>(x.y);
+          sum[v][2] += static_cast<double>(x.z);
+          sum[v][3] += static_cast<double>(x.w);
         }
       }
     }
   }
-  if (begin == end) return;  // keeps its last centroid
-  float mean[kVectors][8];
+  float4 mean[kVectors];
   const double size = end - begin, inverse = 1.0 / size;
 #pragma unroll
   for (int v = 0; v < kVectors; ++v) {
-#pragma unroll
-    for (int i = 0; i < 8; ++i) mean[v][i] = Quotient(sum[v][i], size, inverse);
+    const bool inside = 4 * (lane + v * kWarp) < p.dim;
+    mean[v] =
+        inside ? make_float4(Quotient(sum[v][0], size, inverse), Quotient(sum[v][1], size, inverse),
+                             Quotient(sum[v][2], size, inverse), Quotient(sum[v][3], size, inverse))
+               : make_float4(0, 0, 0, 0);
   }
-  StoreMean<kLanes, kVectors>(plan, problem, index, c, mean, workspace);
+  StoreCentroid<kVectors>(plan, problem, index, c, mean, workspace);
 }
 
 // ---- host
@@ -1102,18 +1129,18 @@ cudaError_t Run(const Plan& plan, const KMeansCudaProblem* problems, int32_t cou
       InitCentroids<kVectors>(plan, problems, count, false, workspace, stream));
   const int workers =
       static_cast<int>(std::clamp<int64_t>(kSortCountBytes / 4 / p.max_clusters, 1, 32));
-  const size_t sort_bytes = (kWarp + static_cast<size_t>(workers) * p.max_clusters) * 4;
-  constexpr int kLanes = kVectors == 1 ? 16 : 32, kEights = kVectors == 4 ? 2 : 1;
+  const size_t sort_bytes =
+      kProblemBytes + (kWarp + static_cast<size_t>(workers) * p.max_clusters) * 4;
   const ProblemsKernel means = p.element_type == ElementType::kFloat32
-                                   ? MeansKernel<kLanes, kEights, true>
-                                   : MeansKernel<kLanes, kEights, false>;
+                                   ? MeansKernel<kVectors, true>
+                                   : MeansKernel<kVectors, false>;
   for (int i = 0; i < p.iterations; ++i) {
     CKV_RETURN_IF_CUDA_ERROR(Assign(plan, problems, count, workspace, stream));
     CKV_RETURN_IF_CUDA_ERROR(cuda::Launch(SortKernel, dim3(count), dim3(kSortThreads), sort_bytes,
                                           1, stream, problems, workers));
-    CKV_RETURN_IF_CUDA_ERROR(cuda::Launch(means,
-                                          Grid(p.max_clusters, kVectors == 1 ? 16 : 8, count),
-                                          dim3(256), 0, 1, stream, plan, problems, workspace));
+    CKV_RETURN_IF_CUDA_ERROR(cuda::Launch(means, Grid(p.max_clusters, kMeansWarps, count),
+                                          dim3(kMeansThreads), kProblemBytes, 1, stream, plan,
+                                          problems, workspace));
   }
   return cudaSuccess;
 }
@@ -1123,8 +1150,8 @@ cudaError_t PrepareRows(const Plan& plan, const KMeansCudaProblem* problems, int
   const ProblemsKernel kernel = plan.padded_dim <= 128   ? PrepareRowsKernel<1>
                                 : plan.padded_dim == 256 ? PrepareRowsKernel<2>
                                                          : PrepareRowsKernel<4>;
-  return cuda::Launch(kernel, Grid(plan.params.max_rows, 8 * kPrepareRows, count), dim3(256), 0, 1,
-                      stream, plan, problems, workspace);
+  return cuda::Launch(kernel, Grid(plan.params.max_rows, 8 * kPrepareRows, count), dim3(256),
+                      kProblemBytes, 1, stream, plan, problems, workspace);
 }
 
 }  // namespace

@@ -75,14 +75,6 @@ __device__ __forceinline__ void PairAnswer<kThreads>::LoadSizes() {
   }
 }
 
-// An address that lane `from` has.
-__device__ __forceinline__ const unsigned char* ShuffleAddress(const unsigned char* mine,
-                                                               int from) {
-  using Address = unsigned long long;  // NOLINT(runtime/int): what shuffles take
-  return reinterpret_cast<const unsigned char*>(
-      __shfl_sync(kFullMask, reinterpret_cast<Address>(mine), from));
-}
-
 // Row lane % 16 of the tile; behind the last cluster the last.
 template <int kThreads>
 __device__ __forceinline__ const unsigned char* PairAnswer<kThreads>::CentroidOfTile(

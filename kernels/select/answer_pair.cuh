@@ -152,31 +152,6 @@ __device__ __forceinline__ float4 Filled4(float x) { return make_float4(x, x, x,
 __device__ __forceinline__ void AddScaled4(float4& a, float w, float4 b) {
   a = make_float4(a.x + w * b.x, a.y + w * b.y, a.z + w * b.z, a.w + w * b.w);
 }
-template <bool kSum>
-__device__ __forceinline__ float Join(float a, float b) {
-  return kSum ? a + b : fmaxf(a, b);
-}
-// Over the warp, of each head: in lane l that of head l / 8.
-template <bool kSum>
-__device__ __forceinline__ float WarpJoin4(float4 x) {
-  const bool high = threadIdx.x % kWarp >= 16, odd = threadIdx.x / 8 % 2 == 1;
-  float keep0 = high ? x.z : x.x, keep1 = high ? x.w : x.y;
-  const float give0 = high ? x.x : x.z, give1 = high ? x.y : x.w;
-  keep0 = Join<kSum>(keep0, __shfl_xor_sync(kFullMask, give0, 16));
-  keep1 = Join<kSum>(keep1, __shfl_xor_sync(kFullMask, give1, 16));
-  const float give = odd ? keep0 : keep1;
-  float keep = Join<kSum>(odd ? keep1 : keep0, __shfl_xor_sync(kFullMask, give, 8));
-#pragma unroll
-  for (int offset = 4; offset > 0; offset /= 2) {
-    keep = Join<kSum>(keep, __shfl_xor_sync(kFullMask, keep, offset));
-  }
-  return keep;
-}
-// From lanes `step` apart, as WarpJoin4 (8) leaves them.
-__device__ __forceinline__ float4 Spread4(float x, int step) {
-  return make_float4(__shfl_sync(kFullMask, x, 0), __shfl_sync(kFullMask, x, step),
-                     __shfl_sync(kFullMask, x, 2 * step), __shfl_sync(kFullMask, x, 3 * step));
-}
 constexpr float kAnswerNegativeInfinity = -__builtin_huge_valf();
 __device__ __forceinline__ float ZeroIfNone(float x) {
   return x == kAnswerNegativeInfinity ? 0.0f : x;
