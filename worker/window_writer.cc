@@ -16,7 +16,7 @@
 namespace clusterkv::worker {
 namespace {
 
-constexpr char kNoSlot[] = "no free slot";
+constexpr char kNoSlot[] = "no free slot", kSmallSlots[] = "a token is larger than a slot";
 
 // Whether the window failed, and not the chunk: then the chunk may go another way.
 bool IsWindowFailure(const absl::Status& status) {
@@ -106,22 +106,26 @@ absl::StatusOr<uint64_t> WindowWriter::Impl::Map() {
   if (std::find(info.links().begin(), info.links().end(), v1::LINK_PEER) == info.links().end()) {
     return absl::UnavailableError("the server maps no memory of others");
   }
+  std::unique_ptr<IngestRing> made;  // kept if it is of use
   if (ring == nullptr) {
-    CKV_ASSIGN_OR_RETURN(std::unique_ptr<IngestRing> made, make_ring());
-    const std::lock_guard<std::mutex> lock(mutex);
-    for (int slot = 0; slot < made->slots(); ++slot) free_slots.push_back(slot);
-    ring = std::move(made);
+    CKV_ASSIGN_OR_RETURN(made, make_ring());
   }
+  const IngestRing& mapped = ring == nullptr ? *made : *ring;
   v1::ConnectIngestRequest request;
   request.set_session_id(client->session_id());
-  CKV_ASSIGN_OR_RETURN(*request.mutable_handle(), ring->Export());
-  request.set_bytes(static_cast<uint64_t>(ring->slots() * ring->slot_bytes()));
+  CKV_ASSIGN_OR_RETURN(*request.mutable_handle(), mapped.Export());
+  request.set_bytes(static_cast<uint64_t>(mapped.slots() * mapped.slot_bytes()));
   request.set_host(kernels::HostId());
   v1::ConnectIngestResponse response;
   const auto context = client->MakeContext();
   CKV_RETURN_IF_ERROR(
       FromGrpcStatus(client->cache().ConnectIngest(context.get(), request, &response)));
   if (response.window_id() == 0) return absl::UnavailableError(response.reason());
+  if (made != nullptr) {
+    const std::lock_guard<std::mutex> lock(mutex);
+    for (int slot = 0; slot < made->slots(); ++slot) free_slots.push_back(slot);
+    ring = std::move(made);
+  }
   return response.window_id();
 }
 
@@ -140,12 +144,16 @@ void WindowWriter::Connect() {
 absl::StatusOr<int64_t> WindowWriter::Put(const Rows& rows, EngineStream stream, bool wait,
                                           Done done) {
   Impl::Filled filled;
+  const int64_t token_bytes = rows.keys.heads * rows.keys.row_bytes;
+  int64_t tokens = 0;
   {
     std::unique_lock<std::mutex> lock(impl_->mutex);
     const auto ready = [this] { return impl_->window_id == 0 || !impl_->free_slots.empty(); };
     if (wait) impl_->changed.wait(lock, ready);
-    if (impl_->window_id == 0 || impl_->free_slots.empty()) {
-      ++impl_->counts.fallbacks[impl_->window_id == 0 ? impl_->why_none : kNoSlot];
+    const bool mapped = impl_->window_id != 0;
+    if (mapped) tokens = std::min(rows.keys.tokens, impl_->ring->slot_bytes() / 2 / token_bytes);
+    if (tokens == 0 || impl_->free_slots.empty()) {
+      ++impl_->counts.fallbacks[!mapped ? impl_->why_none : tokens == 0 ? kSmallSlots : kNoSlot];
       return 0;
     }
     filled.slot = impl_->free_slots.back();
@@ -153,11 +161,8 @@ absl::StatusOr<int64_t> WindowWriter::Put(const Rows& rows, EngineStream stream,
     filled.request.set_window_id(impl_->window_id);
   }
   const IngestRing& ring = *impl_->ring;
-  const int64_t token_bytes = rows.keys.heads * rows.keys.row_bytes;
-  const int64_t tokens = std::min(rows.keys.tokens, ring.slot_bytes() / 2 / token_bytes);
-  absl::Status packed = tokens == 0 ? absl::ResourceExhaustedError("a token is larger than a slot")
-                                    : impl_->ring->Pack(filled.slot, First(rows.keys, tokens),
-                                                        First(rows.values, tokens), stream);
+  const absl::Status packed =
+      impl_->ring->Pack(filled.slot, First(rows.keys, tokens), First(rows.values, tokens), stream);
   if (!packed.ok()) {
     const std::lock_guard<std::mutex> lock(impl_->mutex);
     impl_->free_slots.push_back(filled.slot);

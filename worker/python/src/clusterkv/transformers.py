@@ -20,14 +20,13 @@ import math
 import uuid
 from typing import Any
 
-import numpy as np
 import torch
 from transformers import AttentionInterface, AttentionMaskInterface, Cache
 from transformers.cache_utils import DynamicLayer
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
 
-from clusterkv import _calls, _shards
+from clusterkv import _calls, _shards, _tensors
 from clusterkv.errors import StaleHandleError, UnavailableError, UnsupportedError
 from clusterkv.v1 import cache_service_pb2 as pb
 from clusterkv.v1 import types_pb2 as types
@@ -170,12 +169,7 @@ class ClusterKVCache(Cache):
             v = value[row, :, pad:].transpose(0, 1)
             q = query[row, :, pad:].float().reshape(self.kv_heads, group, -1, self.head_dim)
             rms = q.pow(2).mean(dim=(1, 2)).sqrt().contiguous().cpu().numpy()
-            index, taken = layer.layer_idx - self.dense_layers, 0
-            if k.is_cuda:
-                taken = writer.put_from_gpu(index, 0, k.detach(), v.detach(), rms,
-                                            torch.cuda.current_stream(k.device).cuda_stream)
-            if taken < k.shape[0]:
-                writer.put(index, taken, k.shape[0] - taken, _host(k[taken:]), _host(v[taken:]), rms)
+            _tensors.put(writer, layer.layer_idx - self.dense_layers, 0, k, v, rms)
 
     def _finish_prompt(self) -> None:
         for writer in self._writers:
@@ -197,8 +191,8 @@ class ClusterKVCache(Cache):
         output = torch.empty(query.shape[0], query.shape[2], self.query_heads, self.head_dim)
         for row, decoder in enumerate(self._decoders):
             figures = decoder.steps(
-                layer.layer_idx - self.dense_layers, _host(key[row].transpose(0, 1)),
-                _host(value[row].transpose(0, 1)), _host(query[row].transpose(0, 1)),
+                layer.layer_idx - self.dense_layers, _tensors.host(key[row].transpose(0, 1)),
+                _tensors.host(value[row].transpose(0, 1)), _tensors.host(query[row].transpose(0, 1)),
                 output[row].numpy())
             for name, number in figures.items():
                 self._figures[name] = self._figures.get(name, 0) + number
@@ -257,7 +251,8 @@ class ClusterKVCache(Cache):
         state_bytes (all that was answered for tokens) and correction_bytes (the part of it that makes up
         for a codec's loss), select_us, recall_us; hit_rate; ingest_window_bytes and
         ingest_host_bytes (of prompts that lay on a GPU: read there by the server, or copied through host
-        memory); held_bytes (of this worker now, dense layers left out) and full_bytes (what a full cache of the same layers would hold)."""
+        memory); held_bytes (of this worker now, dense layers left out) and full_bytes (what a full cache of
+        the same layers would hold)."""
         figures, counts = self._figures, self._connection.ingest_counts()
         exact = figures.get("exact_tokens", 0)
         length = max((layer.length for layer in self.layers if isinstance(layer, _RemoteLayer)), default=0)
@@ -270,12 +265,6 @@ class ClusterKVCache(Cache):
                 "held_bytes": sum(decoder.held_bytes for decoder in self._decoders),
                 "full_bytes": full * 2 * self.kv_heads * self.head_dim * self._element_bytes *
                 (self.config.num_hidden_layers - self.dense_layers)}
-
-
-def _host(tensor: torch.Tensor) -> np.ndarray:
-    """A contiguous host array of the tensor's bits."""
-    tensor = tensor.detach().contiguous().cpu()
-    return tensor.view(torch.int16).numpy() if tensor.element_size() == 2 else tensor.numpy()
 
 
 def clusterkv_attention(module: torch.nn.Module, query: torch.Tensor, key: torch.Tensor,

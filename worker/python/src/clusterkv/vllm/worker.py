@@ -16,7 +16,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from clusterkv import _calls, _shards
+from clusterkv import _calls, _shards, _tensors
 from clusterkv.client import Client, tls
 from clusterkv.errors import AlreadyExistsError, ClusterKVError
 from clusterkv.v1 import cache_service_pb2 as pb
@@ -138,8 +138,7 @@ class Worker:
             if last:
                 count = step.store_tokens * (self.query_heads // self.kv_heads)
                 rms = (state.query_squares[layer] / count).sqrt().float().cpu().numpy()
-            state.writer.put(layer, step.first_token, wanted, _host(keys[:wanted]), _host(values[:wanted]),
-                             rms)
+            _tensors.put(state.writer, layer, step.first_token, keys[:wanted], values[:wanted], rms)
             state.put_layers += last
             if state.put_layers == self.layers:
                 del self._stores[step.request_id]
@@ -236,7 +235,7 @@ class Worker:
             return None
         output = torch.empty(queries.shape, dtype=torch.float32)
         try:
-            decoder.steps(layer, _host(keys), _host(values), _host(queries), output.numpy())
+            decoder.steps(layer, _tensors.host(keys), _tensors.host(values), _tensors.host(queries), output.numpy())
         except ClusterKVError as error:
             self._decoders.pop(step.request_id, None)
             self._load_failed(step, error)
@@ -265,7 +264,3 @@ def set_worker(worker: Worker | None) -> None:
 def current_worker() -> Worker | None:
     return _worker
 
-
-def _host(tensor: torch.Tensor) -> np.ndarray:
-    tensor = tensor.detach().contiguous().cpu()
-    return tensor.view(torch.int16).numpy() if tensor.element_size() == 2 else tensor.numpy()
