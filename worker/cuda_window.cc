@@ -35,7 +35,7 @@ class CudaWindow : public RecordWindow {
   CudaWindow(int device, const Layout& layout)
       : device_(device),
         layout_(layout),
-        head_bytes_(Align(layout.slots * layout.record_bytes)),
+        head_bytes_(HeadSlotsBytes(layout.slots, layout.record_bytes)),
         layer_bytes_(layout.kv_heads * head_bytes_),
         page_at_(Align((layout.kv_heads + 1) * static_cast<int64_t>(sizeof(DevicePagedView)))),
         moves_at_(page_at_ + kAlignment),
@@ -70,31 +70,29 @@ class CudaWindow : public RecordWindow {
     return absl::OkStatus();
   }
 
+  absl::Status Receive(v1::Link link, int64_t layer, absl::Span<const LinkedRecord> records,
+                       absl::Time deadline) override {
+    if (records.empty() || link != v1::LINK_NCCL) return absl::OkStatus();
+    const ScopedDevice scoped(device_);
+    CKV_RETURN_IF_ERROR(Queue(link, layer, records));
+    return comm_->Wait(stream_->get(), deadline);
+  }
+
   absl::Status Take(v1::Link link, int64_t layer, absl::Span<const LinkedRecord> records,
                     absl::Time deadline) override {
     if (records.empty()) return absl::OkStatus();
     const ScopedDevice scoped(device_);
+    CKV_RETURN_IF_ERROR(Queue(link, layer, records));
+    // From the slots to the host: what it gets is what they hold.
     const auto count = static_cast<int64_t>(records.size());
-    if (count > layout_.max_records) {
-      return absl::UnavailableError(absl::StrCat("link: ", count, " records in one step"));
-    }
-    const bool from_message = link == v1::LINK_NCCL;
-    if (from_message) {
-      if (comm_ == nullptr) return absl::UnavailableError("nccl: not connected");
-      CKV_RETURN_IF_ERROR(
-          comm_->Receive(message_.data(), count * layout_.record_bytes, stream_->get()));
-    }
-    CKV_RETURN_IF_ERROR(MakeLists(layer, records));
-    // From the message to the slots, and from there to the host: what it gets is what they hold.
-    if (from_message) CKV_RETURN_IF_ERROR(Move(0, count, slots_.data() + layer * layer_bytes_));
     CKV_RETURN_IF_ERROR(Move(1, count, message_.data()));
     CKV_RETURN_IF_ERROR(
         CudaStatus(cudaMemcpyAsync(host_message_.data(), message_.data(),
                                    static_cast<size_t>(count * layout_.record_bytes),
                                    cudaMemcpyDeviceToHost, stream_->get()),
                    "link"));
-    CKV_RETURN_IF_ERROR(from_message ? comm_->Wait(stream_->get(), deadline)
-                                     : stream_->Synchronize());
+    CKV_RETURN_IF_ERROR(link == v1::LINK_NCCL ? comm_->Wait(stream_->get(), deadline)
+                                              : stream_->Synchronize());
     const std::byte* from = host_message_.data();
     for (const LinkedRecord& record : records) {
       std::memcpy(record.copy, from, static_cast<size_t>(layout_.record_bytes));
@@ -103,7 +101,23 @@ class CudaWindow : public RecordWindow {
     return absl::OkStatus();
   }
 
+  std::byte* slots() const override { return slots_.data(); }
+
  private:
+  // Makes the lists, and has a message taken (NCCL) and moved to the slots.
+  absl::Status Queue(v1::Link link, int64_t layer, absl::Span<const LinkedRecord> records) {
+    const auto count = static_cast<int64_t>(records.size());
+    if (count > layout_.max_records) {
+      return absl::UnavailableError(absl::StrCat("link: ", count, " records in one step"));
+    }
+    if (link != v1::LINK_NCCL) return MakeLists(layer, records);
+    if (comm_ == nullptr) return absl::UnavailableError("nccl: not connected");
+    CKV_RETURN_IF_ERROR(
+        comm_->Receive(message_.data(), count * layout_.record_bytes, stream_->get()));
+    CKV_RETURN_IF_ERROR(MakeLists(layer, records));
+    return Move(0, count, slots_.data() + layer * layer_bytes_);
+  }
+
   // Views of the layer's slots by head, and last of the message; moves from the message to the
   // slots, and from the slots to the message. Sent to the device.
   absl::Status MakeLists(int64_t layer, absl::Span<const LinkedRecord> records) {

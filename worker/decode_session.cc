@@ -81,6 +81,9 @@ struct DecodeSession::Impl {
   ~Impl();
 
   absl::Status CallAttach(const v1::SequenceHandle& handle);
+  RecordWindow::Layout WindowLayout() const;
+  // The caller's, for links that may be asked for.
+  void MakeCallersWindow();
   // Sets up the link that Attach chose; without it records come by gRPC.
   void ConnectLink();
   absl::Status TryConnectLink();
@@ -122,6 +125,7 @@ struct DecodeSession::Impl {
   const kernels::RecordCodec* codec = nullptr;
   std::vector<Layer> layers;
   std::unique_ptr<RecordWindow> window;  // null: none; then link is GRPC
+  absl::Status callers_window;           // why there is none
   v1::Link link = v1::LINK_GRPC;
   uint32_t link_generation = 0;
   std::string link_reason;
@@ -181,6 +185,27 @@ absl::Status DecodeSession::Impl::CallAttach(const v1::SequenceHandle& handle) {
   return absl::OkStatus();
 }
 
+RecordWindow::Layout DecodeSession::Impl::WindowLayout() const {
+  RecordWindow::Layout layout;
+  layout.layers = static_cast<int64_t>(layers.size());
+  layout.kv_heads = kv_heads;
+  layout.slots = layers[0].cache.slot_count();
+  layout.record_bytes = codec->RecordBytes(type, head_dim);
+  layout.max_records = kv_heads * std::max<int64_t>(1, attachment.max_exact_tokens());
+  return layout;
+}
+
+void DecodeSession::Impl::MakeCallersWindow() {
+  const auto brings_records = [](v1::Link wanted) { return wanted != v1::LINK_GRPC; };
+  if (!options.make_window ||
+      std::none_of(options.links.begin(), options.links.end(), brings_records)) {
+    return;
+  }
+  absl::StatusOr<std::unique_ptr<RecordWindow>> made = options.make_window(WindowLayout());
+  callers_window = made.status();
+  if (made.ok()) window = *std::move(made);
+}
+
 void DecodeSession::Impl::ConnectLink() {
   if (attachment.link() == v1::LINK_GRPC) return;
   // Those asked for, from the one that the server chose on: the first that can be set up.
@@ -196,17 +221,13 @@ void DecodeSession::Impl::ConnectLink() {
 }
 
 absl::Status DecodeSession::Impl::TryConnectLink() {
-  if (std::string why = WhyNoWindow(options.device, link); !why.empty()) {
+  if (options.make_window) {
+    CKV_RETURN_IF_ERROR(callers_window);
+  } else if (std::string why = WhyNoWindow(options.device, link); !why.empty()) {
     return absl::UnavailableError(why);
   }
   if (window == nullptr) {
-    RecordWindow::Layout layout;
-    layout.layers = static_cast<int64_t>(layers.size());
-    layout.kv_heads = kv_heads;
-    layout.slots = layers[0].cache.slot_count();
-    layout.record_bytes = codec->RecordBytes(type, head_dim);
-    layout.max_records = kv_heads * std::max<int64_t>(1, attachment.max_exact_tokens());
-    CKV_ASSIGN_OR_RETURN(window, MakeRecordWindow(options.device, layout));
+    CKV_ASSIGN_OR_RETURN(window, MakeRecordWindow(options.device, WindowLayout()));
   }
   v1::ConnectLinkRequest connect;
   connect.set_attachment_id(attachment.attachment_id());
@@ -234,19 +255,21 @@ void DecodeSession::Impl::DropLink(const std::string& reason) {
   // Before the memory goes: after this the service writes into it no more. Best effort: where the
   // service does not answer, it does not write either.
   client->cache().ConnectLink(client->MakeContext().get(), connect, &answer);
-  window.reset();
+  if (!options.make_window) window.reset();  // the caller's has what came before, in its slots
 }
 
 // The step's records that came over the link.
 absl::Status DecodeSession::Impl::TakeLinked(const Layer& layer, int64_t index) {
   const std::vector<LinkedRecord>& linked = layer.cache.linked();
   if (linked.empty()) return absl::OkStatus();
-  if (window == nullptr || response_link_generation != link_generation) {
+  if (link == v1::LINK_GRPC || response_link_generation != link_generation) {
     return Error(v1::CHECKSUM_MISMATCH,
                  absl::StrCat("records: by link ", response_link_generation, ", expected ",
-                              window == nullptr ? 0 : link_generation));
+                              link == v1::LINK_GRPC ? 0 : link_generation));
   }
-  absl::Status taken = window->Take(link, index, linked, absl::Now() + kRecordsTimeout);
+  const absl::Time deadline = absl::Now() + kRecordsTimeout;
+  absl::Status taken = options.make_window ? window->Receive(link, index, linked, deadline)
+                                           : window->Take(link, index, linked, deadline);
   if (taken.ok()) return taken;
   DropLink(std::string(taken.message()));
   // As records that never came: the step is asked for once more, from an empty hot cache.
@@ -634,6 +657,7 @@ absl::StatusOr<std::unique_ptr<DecodeSession>> DecodeSession::Attach(
   CKV_RETURN_IF_ERROR(impl->CheckLayout());
   CKV_RETURN_IF_ERROR(impl->MakeLayers());
   CKV_RETURN_IF_ERROR(impl->FetchSteadyZone());
+  impl->MakeCallersWindow();
   impl->ConnectLink();
   return std::unique_ptr<DecodeSession>(new DecodeSession(std::move(impl)));
 }
@@ -718,6 +742,8 @@ DecodeSession::Recalled DecodeSession::recalled(int64_t layer) const {
           impl_->correction_codes,
           impl_->correction_log_scales};
 }
+
+const RecordWindow* DecodeSession::window() const { return impl_->window.get(); }
 
 int64_t DecodeSession::max_exact_tokens() const {
   return std::max<int64_t>(1, impl_->attachment.max_exact_tokens());

@@ -16,6 +16,7 @@
 #include "absl/types/span.h"
 #include "worker/client.h"
 #include "worker/layer_cache.h"
+#include "worker/record_window.h"
 #include "worker/steady_rows.h"
 
 namespace clusterkv::worker {
@@ -36,6 +37,10 @@ struct DecodeOptions {
   // "cpu", "cuda" or "cuda:N": whose memory the hot cache's slots are in, for links that bring
   // records there.
   std::string device = "cpu";
+  // Makes the memory where links put records, for a caller that attends to them there: they are
+  // nowhere else then, so that Step, Attend and digests, which read the host's, are not for such a
+  // session. Called by Attach alone. Null: `device` says where, and the host has them too.
+  RecordWindowMaker make_window;
   // How long Step polls for an answer before it sleeps: a core for microseconds of latency.
   absl::Duration spin = absl::ZeroDuration();
 };
@@ -103,6 +108,8 @@ class DecodeSession {
     absl::Span<const float> correction_log_scales;    // [query_heads], or empty
   };
   Recalled recalled(int64_t layer) const;
+  // Where records that came by link are; null: none ever come so. As long as the session.
+  const RecordWindow* window() const;
   int64_t max_exact_tokens() const;  // that a selection may name per KV head, 1 or more
 
   // The exact tokens of the layer's last Step: positions per KV head (sinks and window left out).

@@ -300,6 +300,7 @@ absl::StatusOr<std::unique_ptr<Engine>> Engine::Open(const EngineOptions& option
   if (options.output_type == v1::ELEMENT_TYPE_UNSPECIFIED) {
     impl->options.output_type = v1::ELEMENT_TYPE_FLOAT32;
   }
+  impl->options.decode.make_window = device->window_maker();
   impl->device = std::move(device);
   CKV_ASSIGN_OR_RETURN(impl->shards, Shards::Connect(options.target, options.client));
   for (int i = 0; i < options.threads; ++i) impl->lanes.push_back(std::make_unique<Lane>());

@@ -19,6 +19,7 @@
 #include "kernels/runtime/device.h"
 #include "proto/error.h"
 #include "worker/cuda_ingest_ring.h"
+#include "worker/cuda_window.h"
 #include "worker/stream_cuda.h"
 
 namespace clusterkv::worker {
@@ -139,7 +140,12 @@ class CudaLayers : public EngineLayers {
     CKV_RETURN_IF_ERROR(Measure(session));
     CKV_ASSIGN_OR_RETURN(pinned_, PinnedBuffer::Create(pinned_bytes_));
     std::memset(pinned_.data(), 0, static_cast<size_t>(pinned_bytes_));
-    CKV_ASSIGN_OR_RETURN(slots_, Zeroed(layers_ * kv_heads_ * head_slots_bytes_));
+    // Records that a link brings are where attention reads them.
+    slots_ = session.window() == nullptr ? nullptr : session.window()->slots();
+    if (slots_ == nullptr) {
+      CKV_ASSIGN_OR_RETURN(own_slots_, Zeroed(layers_ * kv_heads_ * head_slots_bytes_));
+      slots_ = own_slots_.data();
+    }
     CKV_ASSIGN_OR_RETURN(rows_, Zeroed(layers_ * kv_heads_ * head_rows_bytes_));
     CKV_ASSIGN_OR_RETURN(small_, Zeroed(layout_.bytes));
     CKV_ASSIGN_OR_RETURN(state_, Zeroed(kAlignment));
@@ -177,7 +183,9 @@ class CudaLayers : public EngineLayers {
     return CudaStatus(LaunchGive(give_, output, Cuda(stream)), "step: output");
   }
 
-  int64_t held_bytes() const override { return slots_.bytes() + rows_.bytes(); }
+  int64_t held_bytes() const override {
+    return layers_ * kv_heads_ * head_slots_bytes_ + rows_.bytes();
+  }
 
  private:
   absl::Status Measure(const DecodeSession& session);
@@ -203,7 +211,7 @@ class CudaLayers : public EngineLayers {
     return reinterpret_cast<T*>(small_.data() + offset);
   }
   std::byte* SlotsOf(int64_t layer, int64_t head) {
-    return slots_.data() + (layer * kv_heads_ + head) * head_slots_bytes_;
+    return slots_ + (layer * kv_heads_ + head) * head_slots_bytes_;
   }
   std::byte* RowsOf(int64_t layer, int64_t head) {
     return rows_.data() + (layer * kv_heads_ + head) * head_rows_bytes_;
@@ -224,7 +232,8 @@ class CudaLayers : public EngineLayers {
   int64_t small_at_ = 0, records_at_ = 0, record_to_at_ = 0, new_rows_at_ = 0, row_to_at_ = 0,
           pinned_bytes_ = 0;
   PinnedBuffer pinned_;
-  DeviceBuffer slots_, rows_, small_, state_, attended_, workspace_, pairs_;
+  std::byte* slots_ = nullptr;  // laid out as a record window's
+  DeviceBuffer own_slots_, rows_, small_, state_, attended_, workspace_, pairs_;
   StreamTake take_;
   StreamGive give_;
   uint64_t begun_ = 0;                 // the caller's
@@ -259,7 +268,7 @@ absl::Status CudaLayers::Measure(const DecodeSession& session) {
     held = std::max(held, steady.tokens() - steady.window_begin());
   }
   ring_ = held + 2 * static_cast<int64_t>(sequence.index().window_tokens()) + kSpareRows;
-  head_slots_bytes_ = Align(slot_count_ * record_bytes_);
+  head_slots_bytes_ = HeadSlotsBytes(slot_count_, record_bytes_);
   head_rows_bytes_ = Align((sinks_ + ring_) * pair_bytes_);
   attention_.group = static_cast<int32_t>(query_heads_ / kv_heads_);
   attention_.head_dim = static_cast<int32_t>(head_dim_);
@@ -398,7 +407,7 @@ void CudaLayers::WriteSmall(int64_t layer, const std::byte* queries,
 absl::Status CudaLayers::WriteMoves(int64_t layer, const DecodeSession::Recalled& recalled) {
   int32_t records = 0;
   auto* const record_to = reinterpret_cast<int64_t*>(pinned_.data() + record_to_at_);
-  recalled.cache->ForEachMissedSlot([&](size_t head, int64_t slot, const std::byte* record) {
+  recalled.cache->ForEachReceivedSlot([&](size_t head, int64_t slot, const std::byte* record) {
     record_to[records] = static_cast<int64_t>(head) * head_slots_bytes_ + slot * record_bytes_;
     std::memcpy(pinned_.data() + records_at_ + records * record_bytes_, record,
                 static_cast<size_t>(record_bytes_));
@@ -510,6 +519,11 @@ class CudaDevice : public EngineDevice {
   absl::StatusOr<std::unique_ptr<IngestRing>> MakeIngestRing(int slots,
                                                              int64_t slot_bytes) override {
     return MakeCudaIngestRing(device_, slots, slot_bytes);
+  }
+  RecordWindowMaker window_maker() const override {
+    return [device = device_](const RecordWindow::Layout& layout) {
+      return MakeCudaWindow(device, layout);
+    };
   }
 
   absl::StatusOr<std::unique_ptr<EngineLayers>> MakeLayers(const DecodeSession& session,

@@ -61,6 +61,8 @@ class EngineDevice {
   // ResourceExhausted.
   virtual absl::StatusOr<std::unique_ptr<IngestRing>> MakeIngestRing(int slots,
                                                                      int64_t slot_bytes) = 0;
+  // For DecodeOptions::make_window; null: a step attends to the host's records.
+  virtual RecordWindowMaker window_maker() const { return nullptr; }
   // `output_type`: of what Attend writes.
   virtual absl::StatusOr<std::unique_ptr<EngineLayers>> MakeLayers(const DecodeSession& session,
                                                                    v1::ElementType output_type) = 0;

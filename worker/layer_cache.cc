@@ -104,7 +104,9 @@ absl::Status LayerCache::Receive(const v1::RecordChunk& chunk) {
                    absl::StrCat("records of KV head ", chunk.kv_head(), ": token ",
                                 chunk.positions(i), " is not the one that is missing next"));
     }
-    const int32_t slot = head.misses[head.received].slot;
+    Miss& miss = head.misses[head.received];
+    miss.by_link = chunk.by_link();
+    const int32_t slot = miss.slot;
     if (chunk.by_link()) {
       linked_.push_back({chunk.kv_head(), slot, Slot(head, slot)});
     } else {

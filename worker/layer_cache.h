@@ -54,11 +54,13 @@ class LayerCache {
       for (const Miss& miss : heads_[h].misses) f(Slot(heads_[h], miss.slot));
     }
   }
-  // The same with where they lie: f(kv_head, slot, record).
+  // Calls f(kv_head, slot, record) for each of them whose record came with its chunk, not by link.
   template <typename F>
-  void ForEachMissedSlot(F f) const {
+  void ForEachReceivedSlot(F f) const {
     for (size_t h = 0; h < heads_.size(); ++h) {
-      for (const Miss& miss : heads_[h].misses) f(h, miss.slot, Slot(heads_[h], miss.slot));
+      for (const Miss& miss : heads_[h].misses) {
+        if (!miss.by_link) f(h, miss.slot, Slot(heads_[h], miss.slot));
+      }
     }
   }
   // Bytes of the slots that were ever used.
@@ -67,6 +69,7 @@ class LayerCache {
  private:
   struct Miss {
     int32_t position, slot;
+    bool by_link = false;
   };
   struct Head {
     kernels::HotCache cache;

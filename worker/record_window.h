@@ -7,6 +7,7 @@
 
 #include <cstddef>
 #include <cstdint>
+#include <functional>
 #include <memory>
 #include <string>
 
@@ -38,11 +39,22 @@ class RecordWindow {
   // Meets the service. Errors: DeadlineExceeded, Unavailable.
   virtual absl::Status ConnectNccl(const std::string& unique_id, absl::Time deadline) = 0;
   // The records of one step, in the order of the answer's chunks: takes the message that brings
-  // them (NCCL; PEER: they are there) and copies them to the host. Errors: DeadlineExceeded,
-  // Unavailable: the link is broken.
+  // them (NCCL; PEER: they are there, and nothing is left to be done). When it returns they are in
+  // their slots. Errors: DeadlineExceeded, Unavailable: the link is broken.
+  virtual absl::Status Receive(v1::Link link, int64_t layer, absl::Span<const LinkedRecord> records,
+                               absl::Time deadline) = 0;
+  // The same, and copies them to the host.
   virtual absl::Status Take(v1::Link link, int64_t layer, absl::Span<const LinkedRecord> records,
                             absl::Time deadline) = 0;
+  // The first slot of the first layer's first head, in the GPU's memory.
+  virtual std::byte* slots() const = 0;
 };
+
+using RecordWindowMaker =
+    std::function<absl::StatusOr<std::unique_ptr<RecordWindow>>(const RecordWindow::Layout&)>;
+
+// head_bytes of a window: those of a head's slots, to a multiple of 256.
+int64_t HeadSlotsBytes(int64_t slots, int64_t record_bytes);
 
 // Why there are no such links on `device` ("cpu", "cuda", "cuda:N"); empty: there are.
 std::string WhyNoWindow(const std::string& device, v1::Link link);

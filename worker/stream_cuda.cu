@@ -48,18 +48,25 @@ __device__ __forceinline__ void Pause() {
 #endif
 }
 
+// Whether it was published in time.
+__device__ __forceinline__ bool Await(const StreamPackage* package, uint64_t step,
+                                      uint64_t timeout_ns) {
+  const uint64_t begin = Nanoseconds();
+  while (LoadAcquire(&package->published) < step) {
+    if (Nanoseconds() - begin > timeout_ns) return false;
+    Pause();
+  }
+  return true;
+}
+
 __global__ void AwaitKernel(const __grid_constant__ StreamTake take, uint64_t step,
                             uint64_t timeout_ns) {
   if (threadIdx.x != 0) return;
-  const uint64_t begin = Nanoseconds();
-  while (LoadAcquire(&take.package->published) < step) {
-    if (Nanoseconds() - begin > timeout_ns) {
-      take.state[0] = 1;
-      take.state[1] = 0;
-      StoreRelease(&take.package->gave_up, step);
-      return;
-    }
-    Pause();
+  if (!Await(take.package, step, timeout_ns)) {
+    take.state[0] = 1;
+    take.state[1] = 0;
+    StoreRelease(&take.package->gave_up, step);
+    return;
   }
   take.state[0] = take.package->failed;
   take.state[1] = 1;
@@ -111,6 +118,10 @@ __global__ void GiveKernel(const __grid_constant__ StreamGive give, void* output
 
 cudaError_t LaunchTake(const StreamTake& take, uint64_t step, uint64_t timeout_ns,
                        cudaStream_t stream) {
+#ifdef CLUSTERKV_CUDA_EMULATOR
+  // There kernels run one after the other: one that waits would keep the service's from running.
+  (void)Await(take.package, step, timeout_ns);
+#endif
   CKV_RETURN_IF_CUDA_ERROR(
       Launch(AwaitKernel, dim3(1), dim3(32), 0, 1, stream, take, step, timeout_ns));
   return Launch(TakeKernel, dim3(kBlocks), dim3(kThreads), 0, 1, stream, take);

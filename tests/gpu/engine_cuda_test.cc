@@ -14,6 +14,7 @@
 #include <vector>
 
 #include "absl/strings/str_cat.h"
+#include "cache_service/cuda_device.h"
 #include "kernels/runtime/device.h"
 #include "proto/error.h"
 #include "tests/worker/worker_harness.h"
@@ -57,9 +58,10 @@ v1::OpenSequenceRequest Request(const std::string& name, const Case& c,
   return request;
 }
 
-EngineOptions Options(const std::string& target) {
+EngineOptions Options(const std::string& target, const std::vector<v1::Link>& links = {}) {
   EngineOptions options;
   options.target = target;
+  options.decode.links = links;
   options.decode.hot_cache.set_capacity_tokens(64);
   options.decode.select.set_budget_tokens(32);
   options.threads = 2;
@@ -77,23 +79,39 @@ DeviceBuffer OnDevice(absl::Span<const std::byte> bytes) {
   return OnDevice(bytes.data(), bytes.size());
 }
 
+void ExpectNear(const std::vector<float>& got, const std::vector<float>& want) {
+  ASSERT_EQ(got.size(), want.size());
+  for (size_t i = 0; i < got.size(); ++i) {
+    ASSERT_FALSE(!(std::abs(got[i] - want[i]) <= kTolerance))
+        << i << ": " << got[i] << " against " << want[i];
+  }
+}
+
 class EngineCudaTest : public testing::Test {
  protected:
   void SetUp() override {
     auto stream = Stream::Create(0);
     ASSERT_TRUE(stream.ok()) << stream.status();
     stream_ = std::make_unique<Stream>(std::move(*stream));
-    engine_ = MustOpen();
-    client_ = service_.Connect();
+    if (target_.empty()) {
+      service_ = std::make_unique<Service>();
+      target_ = service_->target();
+    }
+    Open({});
   }
   void TearDown() override { engine_.reset(); }
 
-  std::unique_ptr<Engine> MustOpen() {
+  // Anew, with these links.
+  void Open(const std::vector<v1::Link>& links) {
+    engine_.reset();
     auto device = MakeCudaEngineDevice(0, absl::Seconds(240));
-    EXPECT_TRUE(device.ok()) << device.status();
-    auto engine = Engine::Open(Options(service_.target()), std::move(*device));
-    EXPECT_TRUE(engine.ok()) << engine.status();
-    return engine.ok() ? std::move(*engine) : nullptr;
+    ASSERT_TRUE(device.ok()) << device.status();
+    auto engine = Engine::Open(Options(target_, links), std::move(*device));
+    ASSERT_TRUE(engine.ok()) << engine.status();
+    engine_ = std::move(*engine);
+    auto client = Client::Connect(target_);
+    ASSERT_TRUE(client.ok()) << client.status();
+    client_ = std::move(*client);
   }
 
   // Filled from device memory whose rows lie apart, sealed and attached.
@@ -133,7 +151,7 @@ class EngineCudaTest : public testing::Test {
     EXPECT_TRUE(sequence.ok()) << sequence.status();
     if (!sequence.ok()) return nullptr;
     auto session =
-        DecodeSession::Attach(client_.get(), sequence->handle(), Options(service_.target()).decode);
+        DecodeSession::Attach(client_.get(), sequence->handle(), Options(target_).decode);
     EXPECT_TRUE(session.ok()) << session.status();
     return session.ok() ? std::move(*session) : nullptr;
   }
@@ -164,36 +182,10 @@ class EngineCudaTest : public testing::Test {
     return status;
   }
 
-  Service service_;
-  std::unique_ptr<Stream> stream_;
-  std::unique_ptr<Client> client_;
-  std::unique_ptr<Engine> engine_;
-};
-
-void ExpectNear(const std::vector<float>& got, const std::vector<float>& want) {
-  ASSERT_EQ(got.size(), want.size());
-  for (size_t i = 0; i < got.size(); ++i) {
-    ASSERT_FALSE(!(std::abs(got[i] - want[i]) <= kTolerance))
-        << i << ": " << got[i] << " against " << want[i];
-  }
-}
-
-// Presets, codecs (one with corrections) and types; the window goes around its ring.
-TEST_F(EngineCudaTest, OutputsAreADecodeSessions) {
-  constexpr int64_t kSteps = 40;
-  const std::vector<Case> cases = {{"default", "raw", ElementType::kBFloat16, 300},
-                                   {"default", "k8v4", ElementType::kBFloat16, 200},
-                                   {"recall", "raw", ElementType::kFloat32, 150},
-                                   {"clusterkv", "raw", ElementType::kFloat16, 170},
-                                   {"default", "raw", ElementType::kBFloat16, 1}};
-  for (size_t i = 0; i < cases.size(); ++i) {
-    const Case& c = cases[i];
-    SCOPED_TRACE(testing::Message() << c.preset << " " << c.codec << " " << c.prompt);
-    const auto layers = MakeLayers(c, kSteps);
-    EngineSequence* const sequence = MustAttach(absl::StrCat("a", i), c, layers);
-    const auto mirror = MustMirror(absl::StrCat("b", i), c, layers);
-    ASSERT_TRUE(sequence != nullptr && mirror != nullptr);
-    for (int64_t step = 0; step < kSteps; ++step) {
+  // Steps of all layers, each beside a DecodeSession's.
+  void ExpectADecodeSessions(EngineSequence* sequence, DecodeSession* mirror, const Case& c,
+                             const std::vector<TraceLayer>& layers, int64_t steps) {
+    for (int64_t step = 0; step < steps; ++step) {
       for (int64_t l = 0; l < kLayers; ++l) {
         const TraceLayer& layer = layers[l];
         const int64_t token = c.prompt + step;
@@ -210,6 +202,32 @@ TEST_F(EngineCudaTest, OutputsAreADecodeSessions) {
         if (HasFatalFailure()) return;
       }
     }
+  }
+
+  std::unique_ptr<Service> service_;  // null: target_ is another's
+  std::string target_;
+  std::unique_ptr<Stream> stream_;
+  std::unique_ptr<Client> client_;
+  std::unique_ptr<Engine> engine_;
+};
+
+// Presets, codecs (one with corrections) and types; the window goes around its ring.
+TEST_F(EngineCudaTest, OutputsAreADecodeSessions) {
+  constexpr int64_t kSteps = 40;
+  const std::vector<Case> cases = {{"default", "raw", ElementType::kBFloat16, 300},
+                                   {"default", "k8v4", ElementType::kBFloat16, 200},
+                                   {"recall", "raw", ElementType::kFloat32, 150},
+                                   {"clusterkv", "raw", ElementType::kFloat16, 170},
+                                   {"default", "raw", ElementType::kBFloat16, 1}};
+  for (size_t i = 0; i < cases.size(); ++i) {
+    const Case& c = cases[i];
+    SCOPED_TRACE(testing::Message() << c.preset << " " << c.codec << " " << c.prompt);
+    const auto layers = MakeLayers(c, kSteps);
+    EngineSequence* const sequence = MustAttach(absl::StrCat("a", i), c, layers);
+    const auto mirror = MustMirror(absl::StrCat("b", i), c, layers);
+    ASSERT_TRUE(sequence != nullptr && mirror != nullptr);
+    ExpectADecodeSessions(sequence, mirror.get(), c, layers, kSteps);
+    if (HasFatalFailure()) return;
     const absl::Status closed = engine_->Close(sequence);
     EXPECT_TRUE(closed.ok()) << closed;
   }
@@ -338,6 +356,68 @@ TEST_F(EngineCudaTest, WithoutAnAnswerTheStreamGoesOnWithZeros) {
   EXPECT_EQ(got, std::vector<float>(kOutput, 0.0f));
   EXPECT_EQ(take.package->gave_up, 7u);
 }
+
+// A link that the service does not have: records come by gRPC, to where the link's would be.
+TEST_F(EngineCudaTest, WithoutTheLinkAskedForItIsTheSame) {
+  Open({v1::LINK_PEER, v1::LINK_GRPC});
+  const Case c = {"default", "raw", ElementType::kBFloat16, 200};
+  const auto layers = MakeLayers(c, 6);
+  EngineSequence* const sequence = MustAttach("a", c, layers);
+  const auto mirror = MustMirror("b", c, layers);
+  ASSERT_TRUE(sequence != nullptr && mirror != nullptr);
+  EXPECT_EQ(Engine::link(*sequence), "grpc");
+  EXPECT_NE(Engine::link_reason(*sequence), "");
+  ExpectADecodeSessions(sequence, mirror.get(), c, layers, 6);
+}
+
+// With a server that has a GPU: in this process where there is an emulator, else the one that
+// CLUSTERKV_TEST_SERVER names, on a GPU of its own for NCCL (run.sh).
+class EngineLinkTest : public EngineCudaTest, public testing::WithParamInterface<v1::Link> {
+ protected:
+  void SetUp() override {
+#ifdef CLUSTERKV_CUDA_EMULATOR
+    service_ = std::make_unique<Service>(0, nullptr, cache_service::CreateCudaDevice(0).value());
+    target_ = service_->target();
+#else
+    const char* const server = std::getenv("CLUSTERKV_TEST_SERVER");
+    if (server == nullptr) GTEST_SKIP() << "CLUSTERKV_TEST_SERVER names no server with a GPU";
+    target_ = server;
+#endif
+    EngineCudaTest::SetUp();
+    Open({GetParam()});
+  }
+};
+
+TEST_P(EngineLinkTest, RecordsAreAttendedToWhereTheLinkPutsThem) {
+#ifdef CLUSTERKV_CUDA_EMULATOR
+  constexpr int64_t kPrompt = 110, kSteps = 3;  // a select takes a second
+#else
+  constexpr int64_t kPrompt = 3000, kSteps = 40;
+#endif
+  int i = 0;
+  for (const char* codec : {"raw", "k8v4"}) {
+    const Case c = {"default", codec, ElementType::kBFloat16, kPrompt};
+    SCOPED_TRACE(codec);
+    const auto layers = MakeLayers(c, kSteps);
+    EngineSequence* const sequence = MustAttach(absl::StrCat(GetParam(), "a", i), c, layers);
+    const auto mirror = MustMirror(absl::StrCat(GetParam(), "b", i++), c, layers);
+    ASSERT_TRUE(sequence != nullptr && mirror != nullptr);
+    EXPECT_EQ(Engine::link(*sequence), GetParam() == v1::LINK_PEER ? "peer" : "nccl")
+        << Engine::link_reason(*sequence);
+    ExpectADecodeSessions(sequence, mirror.get(), c, layers, kSteps);
+    if (HasFatalFailure()) return;
+    EXPECT_EQ(Engine::link_reason(*sequence), "");
+    EXPECT_TRUE(engine_->Release(sequence).ok());
+  }
+  if (service_ == nullptr) return;
+  EXPECT_GT(service_->server().shard().GetStats().link_bytes(), 0u);
+}
+
+#ifdef CLUSTERKV_CUDA_EMULATOR
+INSTANTIATE_TEST_SUITE_P(Links, EngineLinkTest, testing::Values(v1::LINK_PEER));
+#else
+INSTANTIATE_TEST_SUITE_P(Links, EngineLinkTest, testing::Values(v1::LINK_PEER, v1::LINK_NCCL));
+#endif
 
 // Lets the device fail while what `queue` queues waits in the stream behind it.
 void FailUnder(Stream& stream, const std::function<void()>& queue) {
