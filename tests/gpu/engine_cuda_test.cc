@@ -4,6 +4,7 @@
 
 #include <gtest/gtest.h>
 
+#include <algorithm>
 #include <cmath>
 #include <cstdlib>
 #include <cstring>
@@ -14,9 +15,9 @@
 #include <vector>
 
 #include "absl/strings/str_cat.h"
-#include "cache_service/cuda_device.h"
 #include "kernels/runtime/device.h"
 #include "proto/error.h"
+#include "tests/gpu/gpu_server.h"
 #include "tests/worker/worker_harness.h"
 #include "worker/engine.h"
 #include "worker/stream_cuda.h"
@@ -370,22 +371,23 @@ TEST_F(EngineCudaTest, WithoutTheLinkAskedForItIsTheSame) {
   ExpectADecodeSessions(sequence, mirror.get(), c, layers, 6);
 }
 
-// With a server that has a GPU: in this process where there is an emulator, else the one that
-// CLUSTERKV_TEST_SERVER names, on a GPU of its own for NCCL (run.sh).
+// With a server that has a GPU: another than this test's, where there is one.
 class EngineLinkTest : public EngineCudaTest, public testing::WithParamInterface<v1::Link> {
  protected:
   void SetUp() override {
-#ifdef CLUSTERKV_CUDA_EMULATOR
-    service_ = std::make_unique<Service>(0, nullptr, cache_service::CreateCudaDevice(0).value());
-    target_ = service_->target();
-#else
-    const char* const server = std::getenv("CLUSTERKV_TEST_SERVER");
-    if (server == nullptr) GTEST_SKIP() << "CLUSTERKV_TEST_SERVER names no server with a GPU";
-    target_ = server;
-#endif
+    const int gpus = kernels::DeviceCount();
+    if (GetParam() == v1::LINK_NCCL && gpus < 2) GTEST_SKIP() << "NCCL wants two GPUs";
+    server_ = std::make_unique<GpuServer>(absl::StrCat("cuda:", std::min(gpus - 1, 1)));
+    target_ = server_->target();
     EngineCudaTest::SetUp();
     Open({GetParam()});
   }
+  void TearDown() override {
+    EngineCudaTest::TearDown();
+    client_.reset();
+  }
+
+  std::unique_ptr<GpuServer> server_;
 };
 
 TEST_P(EngineLinkTest, RecordsAreAttendedToWhereTheLinkPutsThem) {
@@ -409,15 +411,17 @@ TEST_P(EngineLinkTest, RecordsAreAttendedToWhereTheLinkPutsThem) {
     EXPECT_EQ(Engine::link_reason(*sequence), "");
     EXPECT_TRUE(engine_->Release(sequence).ok());
   }
-  if (service_ == nullptr) return;
-  EXPECT_GT(service_->server().shard().GetStats().link_bytes(), 0u);
+  EXPECT_GT(server_->stats().link_bytes(), 0u);
 }
 
 #ifdef CLUSTERKV_CUDA_EMULATOR
-INSTANTIATE_TEST_SUITE_P(Links, EngineLinkTest, testing::Values(v1::LINK_PEER));
+const auto kLinks = testing::Values(v1::LINK_PEER);
 #else
-INSTANTIATE_TEST_SUITE_P(Links, EngineLinkTest, testing::Values(v1::LINK_PEER, v1::LINK_NCCL));
+const auto kLinks = testing::Values(v1::LINK_PEER, v1::LINK_NCCL);
 #endif
+INSTANTIATE_TEST_SUITE_P(Links, EngineLinkTest, kLinks, [](const auto& link) {
+  return std::string(link.param == v1::LINK_PEER ? "peer" : "nccl");
+});
 
 // Lets the device fail while what `queue` queues waits in the stream behind it.
 void FailUnder(Stream& stream, const std::function<void()>& queue) {

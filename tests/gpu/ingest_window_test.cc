@@ -1,12 +1,10 @@
 // A prompt from a GPU's memory by window beside the same by PutKv, through a real server: in this
 // process on the emulator, in one of its own on a GPU.
 #include <gmock/gmock.h>
-#include <grpcpp/create_channel.h>
 #include <gtest/gtest.h>
 
 #include <algorithm>
 #include <cstring>
-#include <filesystem>
 #include <future>
 #include <limits>
 #include <memory>
@@ -16,19 +14,14 @@
 #include <vector>
 
 #include "absl/strings/str_cat.h"
-#include "clusterkv/v1/admin_service.grpc.pb.h"
 #include "kernels/runtime/device.h"
 #include "proto/error.h"
+#include "tests/gpu/gpu_server.h"
 #include "tests/worker/worker_harness.h"
 #include "worker/cuda_ingest_ring.h"
 #include "worker/engine.h"
 #include "worker/engine_cuda.h"
 #include "worker/window_writer.h"
-#ifdef CLUSTERKV_CUDA_EMULATOR
-#include "cache_service/cuda_device.h"
-#else
-#include "tests/worker/ckv/processes.h"
-#endif
 
 namespace clusterkv::worker {
 namespace {
@@ -46,61 +39,6 @@ constexpr IngestRingOptions kTight = {1, 4096};
 
 // The worker's GPU: another than the server's, where there is one.
 int WorkerGpu() { return std::min(kernels::DeviceCount() - 1, 1); }
-
-// A server whose device is "cuda:0", or "cpu".
-class GpuServer {
- public:
-  explicit GpuServer(const std::string& device) {
-#ifdef CLUSTERKV_CUDA_EMULATOR
-    service_ = std::make_unique<Service>(
-        0, nullptr, device == "cpu" ? nullptr : cache_service::CreateCudaDevice(0).value());
-    target_ = service_->target();
-    admin_ = service_->server().admin_address();
-#else
-    const char* const given = std::getenv("CLUSTERKV_SERVER");
-    const std::string program =
-        given != nullptr
-            ? given
-            : std::filesystem::canonical("/proc/self/exe").parent_path() / "clusterkv-server";
-    process_ = ckv::ServerProcess::Start(
-        program, {absl::StrCat("--device=", device), "--arena_bytes=256MiB"});
-    if (process_ == nullptr) std::abort();  // it said why
-    target_ = process_->target();
-    admin_ = process_->admin();
-#endif
-    admin_stub_ =
-        v1::AdminService::NewStub(grpc::CreateChannel(admin_, grpc::InsecureChannelCredentials()));
-  }
-
-  const std::string& target() const { return target_; }
-  v1::Stats stats() const {
-    grpc::ClientContext context;
-    v1::Stats stats;
-    EXPECT_TRUE(admin_stub_->GetStats(&context, {}, &stats).ok());
-    return stats;
-  }
-  void ForceReleaseWorker(uint64_t session_id) const {
-    grpc::ClientContext context;
-    v1::ForceReleaseWorkerRequest request;
-    v1::ForceReleaseWorkerResponse response;
-    request.set_session_id(session_id);
-    EXPECT_TRUE(admin_stub_->ForceReleaseWorker(&context, request, &response).ok());
-  }
-  std::unique_ptr<Client> Connect() const {
-    auto client = Client::Connect(target_);
-    EXPECT_TRUE(client.ok()) << client.status();
-    return client.ok() ? std::move(*client) : nullptr;
-  }
-
- private:
-#ifdef CLUSTERKV_CUDA_EMULATOR
-  std::unique_ptr<Service> service_;
-#else
-  std::unique_ptr<ckv::ServerProcess> process_;
-#endif
-  std::string target_, admin_;
-  std::unique_ptr<v1::AdminService::Stub> admin_stub_;
-};
 
 struct Case {
   std::string preset, codec;

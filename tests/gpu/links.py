@@ -333,64 +333,70 @@ def begin_replay(server, link, device, name):
     return process
 
 
-def run_stops(args, failures):
-    """A worker that stands still for 10 s, and a server that is killed, in the middle of recalls."""
+def stop_and_kill(args, link, failures):
+    """A worker that stands still for 10 s, and a server that is killed, amid recalls."""
     rows = []
-    names = gpus()
-    worker = "cuda:1" if len(names) > 1 else "cuda:0"
-    for link in [one for one in args.links.split(",") if one != "nccl" or len(names) > 1]:
-        server = Server(args, "cuda:0")
-        whole, _ = replay(server, link, worker, f"{link}.undisturbed")
-        _, short = replay(server, "grpc", "cpu", f"{link}.other", "--steps=2")
+    worker = "cuda:1" if len(gpus()) > 1 else "cuda:0"
+    server = Server(args, "cuda:0")
+    whole, _ = replay(server, link, worker, f"{link}.undisturbed")
+    _, short = replay(server, "grpc", "cpu", f"{link}.other", "--steps=2")
 
-        # Its session ends meanwhile (2 s), its attachment with it: it must attach anew.
-        process = begin_replay(server, link, worker, f"{link}.stopped")
-        process.send_signal(signal.SIGSTOP)
-        stopped = time.monotonic()
-        _, seconds = replay(server, "grpc", "cpu", f"{link}.other", "--steps=2")
-        time.sleep(max(0, 10 - (time.monotonic() - stopped)))
-        process.send_signal(signal.SIGCONT)
-        said = process.communicate(timeout=120)[0]
-        same = False
-        if process.returncode == 0:
-            layers = json.loads((args.out / f"{link}.stopped.json").read_text())["layers"]
-            same = all(a["output_error"] == b["output_error"]
-                       for a, b in zip(layers, whole["layers"]))
-        if not same:
-            failures.append(f"{link}: stopped for 10 s: exit {process.returncode}: {said[-500:]}")
-        if seconds - short > RECOVERY_SECONDS:
-            failures.append(f"{link}: {seconds - short:.2f} s late beside a stopped worker")
-        rows.append({"name": f"{link}: worker stopped for 10 s: another replay over an undisturbed "
-                             "one", "value": seconds - short, "unit": "s", "peer": "undisturbed",
-                     "peer_value": short, "ratio": None, "target": f"<= {RECOVERY_SECONDS}"})
-        rows.append({"name": f"{link}: worker stopped for 10 s: its output afterwards",
-                     "value": int(same), "unit": "1: as undisturbed", "peer": "undisturbed",
-                     "peer_value": 1, "ratio": int(same), "target": "1"})
+    # Its session ends meanwhile (2 s), its attachment with it: it must attach anew.
+    process = begin_replay(server, link, worker, f"{link}.stopped")
+    process.send_signal(signal.SIGSTOP)
+    stopped = time.monotonic()
+    _, seconds = replay(server, "grpc", "cpu", f"{link}.other", "--steps=2")
+    time.sleep(max(0, 10 - (time.monotonic() - stopped)))
+    process.send_signal(signal.SIGCONT)
+    said = process.communicate(timeout=120)[0]
+    same = False
+    if process.returncode == 0:
+        layers = json.loads((args.out / f"{link}.stopped.json").read_text())["layers"]
+        same = all(a["output_error"] == b["output_error"]
+                   for a, b in zip(layers, whole["layers"]))
+    if not same:
+        failures.append(f"{link}: stopped for 10 s: exit {process.returncode}: {said[-500:]}")
+    if seconds - short > RECOVERY_SECONDS:
+        failures.append(f"{link}: {seconds - short:.2f} s late beside a stopped worker")
+    rows.append({"name": f"{link}: worker stopped for 10 s: another replay over an undisturbed "
+                         "one", "value": seconds - short, "unit": "s", "peer": "undisturbed",
+                 "peer_value": short, "ratio": None, "target": f"<= {RECOVERY_SECONDS}"})
+    rows.append({"name": f"{link}: worker stopped for 10 s: its output afterwards",
+                 "value": int(same), "unit": "1: as undisturbed", "peer": "undisturbed",
+                 "peer_value": 1, "ratio": int(same), "target": "1"})
 
-        process = begin_replay(server, link, worker, f"{link}.orphan")
-        server.process.kill()
-        server.process.wait()
-        killed = time.monotonic()
-        try:
-            said = process.communicate(timeout=60)[0]
-            seconds = time.monotonic() - killed
-        except subprocess.TimeoutExpired:
-            process.kill()
-            said, seconds = "(still running after 60 s)", 60.0
-        # A typed error, not a crash and not an answer.
-        if process.returncode <= 0 or "Error" not in said and "UNAVAILABLE" not in said:
-            failures.append(f"{link}: server killed: exit {process.returncode}: {said[-500:]}")
-        print(f"{link}: server killed: the worker says: {said.strip().splitlines()[-1:]}")
-        rows.append({"name": f"{link}: server killed: until its worker ends with an error",
-                     "value": seconds, "unit": "s", "peer": None, "peer_value": None,
-                     "ratio": None, "target": None})
-        server = Server(args, "cuda:0")
-        again, _ = replay(server, link, worker, f"{link}.restarted")
-        if any(a["recalled_digest"] != b["recalled_digest"]
-               for a, b in zip(again["layers"], whole["layers"])):
-            failures.append(f"{link}: other bytes from the server's successor")
-        server.stop()
+    process = begin_replay(server, link, worker, f"{link}.orphan")
+    server.process.kill()
+    server.process.wait()
+    killed = time.monotonic()
+    try:
+        said = process.communicate(timeout=60)[0]
+        seconds = time.monotonic() - killed
+    except subprocess.TimeoutExpired:
+        process.kill()
+        said, seconds = "(still running after 60 s)", 60.0
+    # A typed error, not a crash and not an answer.
+    if process.returncode <= 0 or "Error" not in said and "UNAVAILABLE" not in said:
+        failures.append(f"{link}: server killed: exit {process.returncode}: {said[-500:]}")
+    print(f"{link}: server killed: the worker says: {said.strip().splitlines()[-1:]}")
+    rows.append({"name": f"{link}: server killed: until its worker ends with an error",
+                 "value": seconds, "unit": "s", "peer": None, "peer_value": None,
+                 "ratio": None, "target": None})
+    server = Server(args, "cuda:0")
+    again, _ = replay(server, link, worker, f"{link}.restarted")
+    if any(a["recalled_digest"] != b["recalled_digest"]
+           for a, b in zip(again["layers"], whole["layers"])):
+        failures.append(f"{link}: other bytes from the server's successor")
+    server.stop()
     return rows
+
+
+def run_stops(args, failures):
+    """All links at once, each with servers of its own: most of it is waiting."""
+    links = [one for one in args.links.split(",") if one != "nccl" or len(gpus()) > 1]
+    with concurrent.futures.ThreadPoolExecutor() as pool:
+        runs = [pool.submit(stop_and_kill, args, link, failures) for link in links]
+        return [row for run in runs for row in run.result()]
 
 
 def main():
