@@ -120,7 +120,8 @@ cudaError_t LaunchTake(const StreamTake& take, uint64_t step, uint64_t timeout_n
                        cudaStream_t stream) {
 #ifdef CLUSTERKV_CUDA_EMULATOR
   // There kernels run one after the other: one that waits would keep the service's from running.
-  (void)Await(take.package, step, timeout_ns);
+  CKV_RETURN_IF_CUDA_ERROR(
+      cuda_emulator::Queued([&] { (void)Await(take.package, step, timeout_ns); }));
 #endif
   CKV_RETURN_IF_CUDA_ERROR(
       Launch(AwaitKernel, dim3(1), dim3(32), 0, 1, stream, take, step, timeout_ns));
