@@ -301,6 +301,11 @@ absl::StatusOr<std::unique_ptr<Engine>> Engine::Open(const EngineOptions& option
     impl->options.output_type = v1::ELEMENT_TYPE_FLOAT32;
   }
   impl->options.decode.make_window = device->window_maker();
+  if (!device->synchronous()) {
+    // To take NCCL's messages needs CUDA's calls, which would wait for the stream that waits.
+    std::vector<v1::Link>& links = impl->options.decode.links;
+    links.erase(std::remove(links.begin(), links.end(), v1::LINK_NCCL), links.end());
+  }
   impl->device = std::move(device);
   CKV_ASSIGN_OR_RETURN(impl->shards, Shards::Connect(options.target, options.client));
   for (int i = 0; i < options.threads; ++i) impl->lanes.push_back(std::make_unique<Lane>());

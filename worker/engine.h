@@ -43,7 +43,7 @@ struct EngineOptions {
   std::string target;  // "host:port" or "unix:path"; of several shards some or all, by commas
   ClientOptions client;
   std::string device = "cpu";  // whose the pointers are: "cpu", "cuda", "cuda:N"
-  DecodeOptions decode;        // `device` is set by the engine
+  DecodeOptions decode;        // `device` is set by the engine; on a GPU `links` without NCCL
   PrefillWriterOptions prefill;
   v1::ElementType output_type = v1::ELEMENT_TYPE_FLOAT32;  // of what Step writes
   int threads = 4;  // that talk to the service; sequences are shared out among them

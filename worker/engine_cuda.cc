@@ -137,23 +137,31 @@ class CudaLayers : public EngineLayers {
 
   absl::Status Start(const DecodeSession& session) {
     const ScopedDevice scoped(device_);
+    CKV_ASSIGN_OR_RETURN(const Stream stream, Stream::Create(device_));
     CKV_RETURN_IF_ERROR(Measure(session));
+    CKV_RETURN_IF_ERROR(Fill(session, stream.get()));
+    return stream.Synchronize();  // what is filled is there for every other stream
+  }
+
+  // From pageable memory: it may be used again when a copy's call returns.
+  absl::Status Fill(const DecodeSession& session, cudaStream_t stream) {
     CKV_ASSIGN_OR_RETURN(pinned_, PinnedBuffer::Create(pinned_bytes_));
     std::memset(pinned_.data(), 0, static_cast<size_t>(pinned_bytes_));
     // Records that a link brings are where attention reads them.
     slots_ = session.window() == nullptr ? nullptr : session.window()->slots();
     if (slots_ == nullptr) {
-      CKV_ASSIGN_OR_RETURN(own_slots_, Zeroed(layers_ * kv_heads_ * head_slots_bytes_));
+      CKV_ASSIGN_OR_RETURN(own_slots_, Zeroed(stream, layers_ * kv_heads_ * head_slots_bytes_));
       slots_ = own_slots_.data();
     }
-    CKV_ASSIGN_OR_RETURN(rows_, Zeroed(layers_ * kv_heads_ * head_rows_bytes_));
-    CKV_ASSIGN_OR_RETURN(small_, Zeroed(layout_.bytes));
-    CKV_ASSIGN_OR_RETURN(state_, Zeroed(kAlignment));
-    CKV_ASSIGN_OR_RETURN(attended_, Zeroed(Align(elements_ * 4) + query_heads_ * 4));
-    CKV_ASSIGN_OR_RETURN(workspace_, Zeroed(kernels::AttentionCudaWorkspaceBytes(
-                                         attention_, static_cast<int32_t>(kv_heads_))));
-    CKV_RETURN_IF_ERROR(MakePairs());
-    return UploadSteadyZone(session);
+    CKV_ASSIGN_OR_RETURN(rows_, Zeroed(stream, layers_ * kv_heads_ * head_rows_bytes_));
+    CKV_ASSIGN_OR_RETURN(small_, Zeroed(stream, layout_.bytes));
+    CKV_ASSIGN_OR_RETURN(state_, Zeroed(stream, kAlignment));
+    CKV_ASSIGN_OR_RETURN(attended_, Zeroed(stream, Align(elements_ * 4) + query_heads_ * 4));
+    CKV_ASSIGN_OR_RETURN(workspace_,
+                         Zeroed(stream, kernels::AttentionCudaWorkspaceBytes(
+                                            attention_, static_cast<int32_t>(kv_heads_))));
+    CKV_RETURN_IF_ERROR(MakePairs(stream));
+    return UploadSteadyZone(session, stream);
   }
 
   absl::Status Begin(int64_t) override {
@@ -189,16 +197,16 @@ class CudaLayers : public EngineLayers {
 
  private:
   absl::Status Measure(const DecodeSession& session);
-  absl::Status MakePairs();
-  absl::Status UploadSteadyZone(const DecodeSession& session);
+  absl::Status MakePairs(cudaStream_t stream);
+  absl::Status UploadSteadyZone(const DecodeSession& session, cudaStream_t stream);
   void WriteSmall(int64_t layer, const std::byte* queries, const DecodeSession::Recalled& recalled);
   absl::Status WriteMoves(int64_t layer, const DecodeSession::Recalled& recalled);
 
-  absl::StatusOr<DeviceBuffer> Zeroed(int64_t bytes) {
+  absl::StatusOr<DeviceBuffer> Zeroed(cudaStream_t stream, int64_t bytes) {
     CKV_ASSIGN_OR_RETURN(DeviceBuffer buffer, DeviceBuffer::Create(device_, bytes));
     if (bytes == 0) return buffer;
-    CKV_RETURN_IF_ERROR(
-        CudaStatus(cudaMemset(buffer.data(), 0, static_cast<size_t>(bytes)), "engine"));
+    CKV_RETURN_IF_ERROR(CudaStatus(
+        cudaMemsetAsync(buffer.data(), 0, static_cast<size_t>(bytes), stream), "engine"));
     return buffer;
   }
   StreamPackage* package() { return reinterpret_cast<StreamPackage*>(pinned_.data()); }
@@ -298,7 +306,7 @@ absl::Status CudaLayers::Measure(const DecodeSession& session) {
   return absl::OkStatus();
 }
 
-absl::Status CudaLayers::MakePairs() {
+absl::Status CudaLayers::MakePairs(cudaStream_t stream) {
   auto* const pinned = reinterpret_cast<unsigned char*>(pinned_.data());
   take_.package = package();
   take_.state = reinterpret_cast<uint32_t*>(state_.data());
@@ -338,12 +346,12 @@ absl::Status CudaLayers::MakePairs() {
   }
   const auto bytes = static_cast<int64_t>(pairs.size() * sizeof(AttentionCudaPair));
   CKV_ASSIGN_OR_RETURN(pairs_, DeviceBuffer::Create(device_, bytes));
-  return CudaStatus(
-      cudaMemcpy(pairs_.data(), pairs.data(), static_cast<size_t>(bytes), cudaMemcpyHostToDevice),
-      "engine");
+  return CudaStatus(cudaMemcpyAsync(pairs_.data(), pairs.data(), static_cast<size_t>(bytes),
+                                    cudaMemcpyHostToDevice, stream),
+                    "engine");
 }
 
-absl::Status CudaLayers::UploadSteadyZone(const DecodeSession& session) {
+absl::Status CudaLayers::UploadSteadyZone(const DecodeSession& session, cudaStream_t stream) {
   std::vector<std::byte> rows(static_cast<size_t>(head_rows_bytes_));
   for (int64_t l = 0; l < layers_; ++l) {
     const SteadyRows& steady = *session.recalled(l).steady;
@@ -358,7 +366,8 @@ absl::Status CudaLayers::UploadSteadyZone(const DecodeSession& session) {
         }
       }
       CKV_RETURN_IF_ERROR(CudaStatus(
-          cudaMemcpy(RowsOf(l, h), rows.data(), rows.size(), cudaMemcpyHostToDevice), "engine"));
+          cudaMemcpyAsync(RowsOf(l, h), rows.data(), rows.size(), cudaMemcpyHostToDevice, stream),
+          "engine"));
     }
     uploaded_end_.push_back(steady.tokens());
   }
