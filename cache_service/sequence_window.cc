@@ -42,7 +42,7 @@ absl::Status Sequence::PutWindow(const WindowChunkView& chunk) {
   CKV_ASSIGN_OR_RETURN(const Claim claim, ClaimChunk(chunk.layer, span, /*by_window=*/true));
   if (claim.stored.on_device && claim.present.empty()) {
     ChunkHash hash;
-    const absl::Status status = TakeWindow(chunk, span, claim.stored, &hash);
+    absl::Status status = TakeWindow(chunk, span, claim.stored, &hash);
     CommitChunk(chunk.layer, span, status.ok() ? std::make_optional(hash) : std::nullopt);
     return status;
   }
