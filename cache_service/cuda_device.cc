@@ -1005,8 +1005,8 @@ class ListedResident : public DeviceResident {
   ListedResident(std::unique_ptr<CudaResident> resident, CudaDevice* device)
       : resident_(std::move(resident)), device_(*device) {}
   ~ListedResident() override {
+    End();
     const Residents::Pause pause(&device_.residents());
-    device_.residents().Remove(resident_.get());
     resident_.reset();
   }
   const v1::PeerWindow& requests() const override { return resident_->requests(); }
@@ -1017,6 +1017,11 @@ class ListedResident : public DeviceResident {
           absl::StrCat("rounds: expected ", resident_->rounds(), ", got ", rounds));
     }
     return resident_->SetInput(device_.ResidentInputOf(items));
+  }
+  void End() override {
+    const Residents::Pause pause(&device_.residents());
+    device_.residents().Remove(resident_.get());
+    resident_->Free();
   }
 
  private:

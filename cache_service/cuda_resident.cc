@@ -61,8 +61,8 @@ absl::Status CudaResident::Allocate(int blocks) {
   serve_.shape = shape_;
   serve_.blocks = blocks;
   serve_.requests = requests_.data();
-  serve_.replies = window_.data();
-  serve_.hot_cache = window_.data() + kernels::ReplyWindowBytes(shape_);
+  serve_.replies = window_->data();
+  serve_.hot_cache = window_->data() + kernels::ReplyWindowBytes(shape_);
   serve_.directory = directory_.data();
   serve_.control = control();
   serve_.prefetch_bytes = kPrefetchBytes / shape_.pairs;
@@ -131,6 +131,13 @@ absl::Status CudaResident::Stop() {
   CKV_RETURN_IF_ERROR(stream_->Synchronize());
   rounds_ = end.served / static_cast<uint64_t>(shape_.pairs);
   return absl::OkStatus();
+}
+
+void CudaResident::Free() {
+  window_.reset();
+  for (DeviceBuffer* buffer : {&directory_, &control_, &workspace_, &input_}) {
+    *buffer = DeviceBuffer();
+  }
 }
 
 }  // namespace clusterkv::cache_service

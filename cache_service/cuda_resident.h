@@ -2,8 +2,9 @@
 // service's end of a group.
 //
 //   state     leaves it
-//   stopped   Start: running
+//   stopped   Start: running; Free: freed
 //   running   Stop: stopped
+//   freed     -
 //
 // Not thread-safe. While it runs, calls that wait for the whole device (to free memory, to close a
 // mapping) wait for it too: stop it before them.
@@ -53,6 +54,8 @@ class CudaResident {
   // REQUIRES: stopped, with input.
   absl::Status Start();
   absl::Status Stop();
+  // Gives all but the requests' window back, for good. REQUIRES: stopped.
+  void Free();
   // Rounds that were answered whole. REQUIRES: stopped.
   uint64_t rounds() const { return rounds_; }
 
@@ -67,7 +70,7 @@ class CudaResident {
 
   const int device_;
   const kernels::ResidentShape shape_;
-  kernels::PeerWindow window_;  // the worker's
+  std::optional<kernels::PeerWindow> window_;  // the worker's
   v1::PeerWindow exported_;
   kernels::DeviceBuffer requests_, directory_, control_, workspace_, input_;
   std::optional<kernels::Stream> stream_, other_;

@@ -34,13 +34,31 @@ absl::Status CheckRequest(const v1::ConnectResidentRequest& request) {
                     request.max_exact_tokens());
 }
 
+bool SameSelection(const SequenceParams& a, const SequenceParams& b) {
+  return a.mode == b.mode && a.budget_tokens == b.budget_tokens &&
+         a.coded_tokens == b.coded_tokens && a.refine_factor == b.refine_factor &&
+         a.estimated_fraction == b.estimated_fraction;
+}
+
+// The members' selection, which each has cut to its own context: that of the longest means all of
+// it to the others.
+kernels::SelectParams WidestSelection(const std::vector<std::shared_ptr<Attachment>>& members) {
+  kernels::SelectParams widest = members.front()->select;
+  for (const auto& member : members) {
+    widest.budget_tokens = std::max(widest.budget_tokens, member->select.budget_tokens);
+    widest.scored_tokens = std::max(widest.scored_tokens, member->select.scored_tokens);
+  }
+  return widest;
+}
+
 // Why these cannot be one group; OK: they can.
 absl::Status CheckAlike(const std::vector<std::shared_ptr<Attachment>>& members) {
   const Attachment& first = *members.front();
   for (const auto& member : members) {
     if (member->params.shape == first.params.shape &&
         member->params.layers == first.params.layers &&
-        member->params.index.codes == first.params.index.codes && member->select == first.select) {
+        member->params.index.codes == first.params.index.codes &&
+        SameSelection(member->params, first.params)) {
       continue;
     }
     return absl::UnavailableError(
@@ -61,6 +79,7 @@ absl::Status CheckAlike(const std::vector<std::shared_ptr<Attachment>>& members)
 std::vector<uint32_t> WindowBegins(
     const std::vector<std::shared_ptr<const LayerSnapshot>>& snapshots) {
   std::vector<uint32_t> begins;
+  begins.reserve(snapshots.size());
   for (const auto& layer : snapshots) begins.push_back(static_cast<uint32_t>(layer->window_begin));
   return begins;
 }
@@ -69,11 +88,12 @@ std::vector<uint32_t> WindowBegins(
 
 // --- ResidentGroup
 
-absl::StatusOr<std::vector<uint32_t>> ResidentGroup::Start(ShardDevice* device,
-                                                           std::vector<Member> members,
-                                                           const ResidentSetup& setup) {
+absl::StatusOr<std::vector<uint32_t>> ResidentGroup::Start(
+    ShardDevice* device, std::vector<std::shared_ptr<Sequence>> members,
+    const kernels::SelectParams& select, const ResidentSetup& setup) {
   absl::MutexLock lock(&mutex_);
   members_ = std::move(members);
+  select_ = select;
   layers_ = setup.layers;
   CKV_ASSIGN_OR_RETURN(Snapshots snapshots, TakeSnapshots());
   CKV_ASSIGN_OR_RETURN(kernel_, device->StartResident(setup, ItemsOf(snapshots)));
@@ -84,7 +104,7 @@ absl::StatusOr<std::vector<uint32_t>> ResidentGroup::Start(ShardDevice* device,
 
 absl::StatusOr<std::vector<uint32_t>> ResidentGroup::Renew(uint64_t rounds) {
   absl::MutexLock lock(&mutex_);
-  if (kernel_ == nullptr) return absl::FailedPreconditionError("resident: the group has ended");
+  if (!running()) return absl::FailedPreconditionError("resident: the group has ended");
   CKV_ASSIGN_OR_RETURN(Snapshots snapshots, TakeSnapshots());
   if (snapshots == snapshots_) return WindowBegins(snapshots_);
   CKV_RETURN_IF_ERROR(kernel_->Change(ItemsOf(snapshots), rounds));
@@ -93,9 +113,11 @@ absl::StatusOr<std::vector<uint32_t>> ResidentGroup::Renew(uint64_t rounds) {
 }
 
 void ResidentGroup::End() {
+  int64_t not_ended = 0;
+  ended_ns_.compare_exchange_strong(not_ended, SteadyNow());
   running_.store(false);
   absl::MutexLock lock(&mutex_);
-  kernel_.reset();
+  if (kernel_ != nullptr) kernel_->End();
   snapshots_.clear();
 }
 
@@ -107,16 +129,16 @@ v1::PeerWindow ResidentGroup::requests() const {
 absl::StatusOr<ResidentGroup::Snapshots> ResidentGroup::TakeSnapshots() const {
   Snapshots snapshots;
   for (int64_t layer = 0; layer < layers_; ++layer) {
-    for (const Member& member : members_) {
-      CKV_ASSIGN_OR_RETURN(snapshots.emplace_back(), member.sequence->Snapshot(layer));
+    for (const auto& member : members_) {
+      CKV_ASSIGN_OR_RETURN(snapshots.emplace_back(), member->Snapshot(layer));
       const auto& parts = snapshots.back()->parts;
       const bool mirrored = std::all_of(parts.begin(), parts.end(), [](const auto& part) {
         return part->device_part() != nullptr;
       });
       if (parts.empty() || !mirrored) {
-        return absl::UnavailableError(absl::StrCat("resident: sequence ",
-                                                   member.sequence->identity().name, ", layer ",
-                                                   layer, ": no clusters on the device"));
+        return absl::UnavailableError(absl::StrCat("resident: sequence ", member->identity().name,
+                                                   ", layer ", layer,
+                                                   ": no clusters on the device"));
       }
     }
   }
@@ -126,8 +148,8 @@ absl::StatusOr<ResidentGroup::Snapshots> ResidentGroup::TakeSnapshots() const {
 std::vector<DeviceSelectItem> ResidentGroup::ItemsOf(const Snapshots& snapshots) const {
   std::vector<DeviceSelectItem> items;
   for (size_t i = 0; i < snapshots.size(); ++i) {
-    const Member& member = members_[i % members_.size()];
-    items.push_back(DeviceItemOf(*snapshots[i], member.sequence->params(), member.select));
+    const Sequence& member = *members_[i % members_.size()];
+    items.push_back(DeviceItemOf(*snapshots[i], member.params(), select_));
   }
   return items;
 }
@@ -163,9 +185,9 @@ absl::StatusOr<v1::ConnectResidentResponse> ResidentGroups::Connect(
     response.set_reason(std::string(why.message()));
     return response;
   }
-  auto group = std::make_shared<ResidentGroup>(RandomId());
-  std::vector<ResidentGroup::Member> of_group;
-  for (const auto& member : members) of_group.push_back({member->sequence.get(), member->select});
+  auto group = std::make_shared<ResidentGroup>(RandomId(), members.front()->session_id);
+  std::vector<std::shared_ptr<Sequence>> sequences;
+  for (const auto& member : members) sequences.push_back(member->sequence.get());
   ResidentSetup setup;
   setup.layers = members.front()->params.layers;
   setup.window = request.window();
@@ -173,7 +195,8 @@ absl::StatusOr<v1::ConnectResidentResponse> ResidentGroups::Connect(
   setup.max_exact = request.max_exact_tokens();
   // The old kernels end first: a member's steps are answered by one.
   for (const auto& member : members) member->SetResident(nullptr);
-  absl::StatusOr<std::vector<uint32_t>> begins = group->Start(device_, std::move(of_group), setup);
+  absl::StatusOr<std::vector<uint32_t>> begins =
+      group->Start(device_, std::move(sequences), WidestSelection(members), setup);
   if (!begins.ok()) {
     if (ReasonOf(begins.status()) == v1::INVALID_FIELD) return begins.status();
     response.set_reason(std::string(begins.status().message()));
@@ -184,23 +207,10 @@ absl::StatusOr<v1::ConnectResidentResponse> ResidentGroups::Connect(
   response.mutable_window_begin()->Add(begins->begin(), begins->end());
   {
     absl::MutexLock lock(&mutex_);
-    for (auto it = groups_.begin(); it != groups_.end();) {
-      const auto here = it++;
-      if (here->second.expired()) groups_.erase(here);
-    }
     groups_.emplace(group->id, group);
   }
   for (const auto& member : members) member->SetResident(group);
   return response;
-}
-
-std::shared_ptr<ResidentGroup> ResidentGroups::Take(uint64_t id) {
-  absl::MutexLock lock(&mutex_);
-  const auto it = groups_.find(id);
-  if (it == groups_.end()) return nullptr;
-  std::shared_ptr<ResidentGroup> group = it->second.lock();
-  groups_.erase(it);
-  return group;
 }
 
 absl::StatusOr<v1::RenewResidentResponse> ResidentGroups::Renew(
@@ -209,7 +219,7 @@ absl::StatusOr<v1::RenewResidentResponse> ResidentGroups::Renew(
   {
     absl::MutexLock lock(&mutex_);
     const auto it = groups_.find(request.resident_id());
-    if (it != groups_.end()) group = it->second.lock();
+    if (it != groups_.end()) group = it->second;
   }
   if (group == nullptr || !group->running()) {
     return Error(v1::ATTACHMENT_NOT_FOUND,
@@ -228,9 +238,33 @@ absl::StatusOr<v1::RenewResidentResponse> ResidentGroups::Renew(
   return response;
 }
 
+void ResidentGroups::Forget(const std::function<bool(const ResidentGroup&)>& leaves) {
+  std::vector<std::shared_ptr<ResidentGroup>> left;  // end outside of the lock
+  {
+    absl::MutexLock lock(&mutex_);
+    for (auto it = groups_.begin(); it != groups_.end();) {
+      const auto here = it++;
+      if (!leaves(*here->second)) continue;
+      left.push_back(std::move(here->second));
+      groups_.erase(here);
+    }
+  }
+  for (const auto& group : left) group->End();
+}
+
 void ResidentGroups::Disconnect(uint64_t id) {
-  const std::shared_ptr<ResidentGroup> group = Take(id);
-  if (group != nullptr) group->End();
+  Forget([id](const ResidentGroup& group) { return group.id == id; });
+}
+
+void ResidentGroups::EndSession(uint64_t session_id) {
+  Forget([=](const ResidentGroup& group) { return group.session_id == session_id; });
+}
+
+void ResidentGroups::Expire() {
+  const int64_t before = SteadyNow() - absl::ToInt64Nanoseconds(ttl_);
+  Forget([before](const ResidentGroup& group) {
+    return group.session_id == 0 && group.ended_ns() != 0 && group.ended_ns() < before;
+  });
 }
 
 int64_t ResidentGroups::attachments() const {

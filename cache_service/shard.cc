@@ -78,7 +78,7 @@ class ShardImpl : public Shard {
         executors_(std::move(executors)),
         sessions_(options.session_ttl),
         attachments_(options.max_attachments, options.residency_bytes, options.attachment_ttl),
-        residents_(device_.get(), &attachments_),
+        residents_(device_.get(), &attachments_, options.attachment_ttl),
         store_(options, boot_id_, arena_.get(), executors_.get(), device_.get(), &counters_,
                &calls_,
                [this](const std::shared_ptr<Sequence>& sequence, Notice::Kind kind) {
@@ -362,12 +362,14 @@ class ShardImpl : public Shard {
   void EndSession(uint64_t session_id) {
     windows_.EndSession(session_id);
     attachments_.DetachSession(session_id);
+    residents_.EndSession(session_id);
     store_.EndSession(session_id);
   }
 
   void Tick() {
     for (uint64_t session_id : sessions_.TakeExpired()) EndSession(session_id);
     attachments_.Expire();
+    residents_.Expire();
     store_.Expire();
   }
 

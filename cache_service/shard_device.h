@@ -134,8 +134,8 @@ struct LinkSetup {
 
 // A kernel that answers a batch's steps by itself (kernels/resident/resident_cuda.h).
 //
-// Thread-safe. When it dies it has ended, and nothing that it was handed is used any more. What its
-// items name lives until then or until the next Change.
+// Thread-safe. What its items name lives until End or until the next Change. The window for
+// requests lives as long as it: a worker that does not know of the end still writes there.
 class DeviceResident {
  public:
   virtual ~DeviceResident() = default;
@@ -145,6 +145,8 @@ class DeviceResident {
   // far. Errors: FailedPrecondition when that is not what was answered, and nothing changed;
   // others: it has ended.
   virtual absl::Status Change(absl::Span<const DeviceSelectItem> items, uint64_t rounds) = 0;
+  // It has ended, and nothing that it was handed is used any more. Idempotent.
+  virtual void End() = 0;
 };
 
 struct ResidentSetup {

@@ -745,6 +745,18 @@ DecodeSession::Recalled DecodeSession::recalled(int64_t layer) const {
 
 const RecordWindow* DecodeSession::window() const { return impl_->window.get(); }
 
+absl::Status DecodeSession::MoveWindow(int64_t layer, int64_t window_begin) {
+  CKV_RETURN_IF_ERROR(impl_->CheckLayer(layer));
+  return impl_->layers[layer].steady.MoveWindow(window_begin);
+}
+
+void DecodeSession::ForgetRecords() {
+  for (Layer& layer : impl_->layers) layer.Distrust();
+}
+
+uint64_t DecodeSession::attachment_id() const { return impl_->attachment.attachment_id(); }
+Client* DecodeSession::client() const { return impl_->client; }
+
 int64_t DecodeSession::max_exact_tokens() const {
   return std::max<int64_t>(1, impl_->attachment.max_exact_tokens());
 }

@@ -110,6 +110,14 @@ class DecodeSession {
   Recalled recalled(int64_t layer) const;
   // Where records that came by link are; null: none ever come so. As long as the session.
   const RecordWindow* window() const;
+  // For who has the steps answered in another way (resident_link.h): the layer's tokens before
+  // window_begin are clustered by now. Errors: as SteadyRows::MoveWindow.
+  absl::Status MoveWindow(int64_t layer, int64_t window_begin);
+  // Nothing of the hot cache is held any more: the next step of a layer recalls all that it needs.
+  void ForgetRecords();
+  uint64_t attachment_id() const;
+  Client* client() const;
+
   int64_t max_exact_tokens() const;  // that a selection may name per KV head, 1 or more
 
   // The exact tokens of the layer's last Step: positions per KV head (sinks and window left out).

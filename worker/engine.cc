@@ -67,7 +67,19 @@ absl::Status NotAttached(const v1::Sequence& sequence) {
                absl::StrCat("sequence ", sequence.handle().name(), ": expected it attached"));
 }
 
+absl::Status NotJoined(const v1::Sequence& sequence) {
+  return Error(v1::SEQUENCE_NOT_READY,
+               absl::StrCat("sequence ", sequence.handle().name(), ": expected it in a group"));
+}
+
 }  // namespace
+
+// Sequences that joined.
+struct EngineMembers {
+  std::vector<EngineSequence*> sequences;
+  std::unique_ptr<EngineGroup> group;
+  EngineStream stream = nullptr;  // the last one that it was given
+};
 
 class EngineSequence {
  public:
@@ -108,6 +120,7 @@ class EngineSequence {
   WindowWriter* window = nullptr;          // on a GPU, while it is filled
   std::unique_ptr<DecodeSession> session;  // while it is attached
   std::unique_ptr<EngineLayers> layers;
+  EngineMembers* joined = nullptr;  // null: single
   int64_t query_bytes = 0, row_bytes = 0, kv_heads = 0;
   std::vector<std::shared_ptr<std::byte>> queries;  // [layers]: of the step under way
 
@@ -124,6 +137,7 @@ struct Engine::Impl {
   ~Impl() {
     for (const auto& sequence : sequences) sequence->WaitUntilIdle(*device);
     lanes.clear();
+    groups.clear();
     sequences.clear();
   }
 
@@ -131,6 +145,12 @@ struct Engine::Impl {
   void Remove(EngineSequence* sequence);
   absl::Status AttachTo(EngineSequence* of);
   absl::Status CheckLayer(const EngineSequence& of, int64_t layer) const;
+  // Whose group the batch is; it must be all of it, in its order.
+  absl::StatusOr<EngineMembers*> GroupOf(absl::Span<EngineSequence* const> batch) const;
+  absl::Status AppendJoined(int64_t layer, absl::Span<const EngineAppend> batch,
+                            EngineStream stream);
+  absl::Status StepJoined(int64_t layer, absl::Span<const EngineStep> batch, EngineStream stream);
+  absl::Status Leave(EngineMembers* members, EngineStream stream);
   // Rows as a Gather wants them.
   EngineRows RowsOf(const EngineSequence& of, const void* data, const EngineKv& kv,
                     int64_t tokens) const;
@@ -155,6 +175,7 @@ struct Engine::Impl {
   std::atomic<int64_t> staged_bytes{0};
   std::mutex mutex;
   std::vector<std::unique_ptr<EngineSequence>> sequences;
+  std::vector<std::unique_ptr<EngineMembers>> groups;
   size_t next_lane = 0;
   std::vector<std::unique_ptr<Lane>> lanes;
 };
@@ -277,6 +298,74 @@ absl::Status Engine::Impl::BeginStep(EngineSequence* of, int64_t layer, const vo
     of->layers->Publish(layer, staged, of->session.get(), handed).IgnoreError();
   }
   return handed;
+}
+
+absl::StatusOr<EngineMembers*> Engine::Impl::GroupOf(
+    absl::Span<EngineSequence* const> batch) const {
+  EngineMembers* const members = batch.front()->joined;
+  if (members != nullptr && batch == absl::MakeConstSpan(members->sequences)) return members;
+  return Error(v1::INVALID_FIELD, "batch: of a group: expected all its sequences, in their order");
+}
+
+absl::Status Engine::Impl::AppendJoined(int64_t layer, absl::Span<const EngineAppend> batch,
+                                        EngineStream stream) {
+  std::vector<EngineSequence*> sequences;
+  std::vector<EngineRows> keys, values;
+  for (const EngineAppend& append : batch) {
+    sequences.push_back(append.sequence);
+    keys.push_back(RowsOf(*append.sequence, append.kv.keys, append.kv, 1));
+    values.push_back(RowsOf(*append.sequence, append.kv.values, append.kv, 1));
+  }
+  CKV_ASSIGN_OR_RETURN(EngineMembers* const members, GroupOf(sequences));
+  CKV_RETURN_IF_ERROR(CheckLayer(*sequences.front(), layer));
+  members->stream = stream;
+  return members->group->Append(layer, keys, values, stream);
+}
+
+absl::Status Engine::Impl::StepJoined(int64_t layer, absl::Span<const EngineStep> batch,
+                                      EngineStream stream) {
+  std::vector<EngineSequence*> sequences;
+  for (const EngineStep& step : batch) sequences.push_back(step.sequence);
+  CKV_ASSIGN_OR_RETURN(EngineMembers* const members, GroupOf(sequences));
+  CKV_RETURN_IF_ERROR(CheckLayer(*sequences.front(), layer));
+  // Outputs are as large as queries: of the same type.
+  const int64_t bytes = sequences.front()->query_bytes;
+  for (size_t i = 0; i < batch.size(); ++i) {
+    const auto at = static_cast<int64_t>(i) * bytes;
+    if (batch[i].queries == static_cast<const std::byte*>(batch[0].queries) + at &&
+        batch[i].output == static_cast<std::byte*>(batch[0].output) + at) {
+      continue;
+    }
+    return Error(v1::INVALID_FIELD,
+                 "queries, output: of a group: expected them dense over its sequences");
+  }
+  members->stream = stream;
+  return members->group->Step(layer, batch[0].queries, batch[0].output, stream);
+}
+
+absl::Status Engine::Impl::Leave(EngineMembers* members, EngineStream stream) {
+  absl::Status status = members->group->Settle(stream);
+  std::unique_ptr<EngineMembers> left;
+  {
+    const std::lock_guard<std::mutex> lock(mutex);
+    const auto at = std::find_if(groups.begin(), groups.end(),
+                                 [&](const auto& group) { return group.get() == members; });
+    left = std::move(*at);
+    groups.erase(at);
+  }
+  left->group.reset();
+  for (EngineSequence* of : left->sequences) {
+    of->joined = nullptr;
+    of->session->ForgetRecords();  // they were in the layers that Join gave up
+    absl::StatusOr<std::unique_ptr<EngineLayers>> layers =
+        device->MakeLayers(*of->session, options.output_type);
+    if (layers.ok()) {
+      of->layers = *std::move(layers);
+    } else {
+      of->Lose(layers.status());
+    }
+  }
+  return status;
 }
 
 Engine::Engine(std::unique_ptr<Impl> impl) : impl_(std::move(impl)) {}
@@ -451,6 +540,9 @@ absl::StatusOr<EngineSequence*> Engine::Attach(const v1::SequenceHandle& handle)
 
 absl::Status Engine::Append(int64_t layer, absl::Span<const EngineAppend> batch,
                             EngineStream stream) {
+  if (!batch.empty() && batch[0].sequence->joined != nullptr) {
+    return impl_->AppendJoined(layer, batch, stream);
+  }
   absl::Status first;
   for (const EngineAppend& append : batch) {
     first.Update(impl_->Append(append.sequence, layer, append.kv, stream));
@@ -459,6 +551,13 @@ absl::Status Engine::Append(int64_t layer, absl::Span<const EngineAppend> batch,
 }
 
 absl::Status Engine::Step(int64_t layer, absl::Span<const EngineStep> batch, EngineStream stream) {
+  if (!batch.empty() && batch[0].sequence->joined != nullptr) {
+    absl::Status status = impl_->StepJoined(layer, batch, stream);
+    for (const EngineStep& step : batch) {
+      if (step.status != nullptr) *step.status = status;
+    }
+    return status;
+  }
   std::vector<absl::Status> begun(batch.size());
   for (size_t i = 0; i < batch.size(); ++i) {
     begun[i] = impl_->BeginStep(batch[i].sequence, layer, batch[i].queries, stream);
@@ -479,9 +578,47 @@ absl::Status Engine::Wait(EngineSequence* of) {
   return of->TakeFailure();
 }
 
+absl::Status Engine::Join(absl::Span<EngineSequence* const> batch) {
+  std::vector<DecodeSession*> sessions;
+  for (EngineSequence* of : batch) {
+    of->WaitUntilIdle(*impl_->device);
+    CKV_RETURN_IF_ERROR(of->TakeFailure());
+    if (of->session == nullptr) return NotAttached(of->sequence);
+    if (of->joined != nullptr || std::count(batch.begin(), batch.end(), of) > 1) {
+      return Error(v1::INVALID_FIELD, absl::StrCat("batch: sequence ", of->sequence.handle().name(),
+                                                   ": expected it once, and in no group"));
+    }
+    sessions.push_back(of->session.get());
+  }
+  if (batch.empty()) return Error(v1::INVALID_FIELD, "batch: expected 1 or more sequences, got 0");
+  auto members = std::make_unique<EngineMembers>();
+  members->sequences.assign(batch.begin(), batch.end());
+  CKV_ASSIGN_OR_RETURN(members->group,
+                       impl_->device->MakeGroup(sessions, impl_->options.output_type));
+  for (EngineSequence* of : batch) {
+    of->joined = members.get();
+    of->layers.reset();  // of steps one by one
+  }
+  const std::lock_guard<std::mutex> lock(impl_->mutex);
+  impl_->groups.push_back(std::move(members));
+  return absl::OkStatus();
+}
+
+absl::Status Engine::Settle(EngineSequence* of, EngineStream stream) {
+  if (of->joined == nullptr) return NotJoined(of->sequence);
+  of->joined->stream = stream;
+  return of->joined->group->Settle(stream);
+}
+
+absl::Status Engine::Leave(EngineSequence* of, EngineStream stream) {
+  if (of->joined == nullptr) return NotJoined(of->sequence);
+  return impl_->Leave(of->joined, stream);
+}
+
 absl::Status Engine::Close(EngineSequence* of) {
   of->WaitUntilIdle(*impl_->device);
   absl::Status status = of->TakeFailure();
+  if (of->joined != nullptr) status.Update(impl_->Leave(of->joined, of->joined->stream));
   if (of->session != nullptr) status.Update(of->session->Flush());
   impl_->Remove(of);
   return status;
@@ -489,6 +626,7 @@ absl::Status Engine::Close(EngineSequence* of) {
 
 absl::Status Engine::Release(EngineSequence* of) {
   of->WaitUntilIdle(*impl_->device);
+  if (of->joined != nullptr) impl_->Leave(of->joined, of->joined->stream).IgnoreError();
   const v1::SequenceHandle handle = of->sequence.handle();
   Client* const client = of->client;
   impl_->Remove(of);
@@ -498,6 +636,7 @@ absl::Status Engine::Release(EngineSequence* of) {
 const v1::Sequence& Engine::sequence(const EngineSequence& sequence) { return sequence.sequence; }
 
 std::string Engine::link(const EngineSequence& sequence) {
+  if (sequence.joined != nullptr) return "resident";
   return sequence.session == nullptr ? "" : LinkName(sequence.session->link());
 }
 

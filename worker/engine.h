@@ -119,7 +119,26 @@ class Engine {
   // returns its first untold failure.
   absl::Status Wait(EngineSequence* sequence);
 
-  // ---- the end
+  // ---- decoding without the host
+  // From here on the service's GPU answers the steps of these attached sequences by itself, and the
+  // batch is a group: Append and Step take all of it, in this order, with queries and outputs dense
+  // over the sequences, K and V at multiples of 16 bytes, and layers in order from 0 on. They
+  // launch kernels and do nothing else, so a whole step (every layer's Append and Step) can be
+  // captured in a CUDA graph and replayed until the next Settle. Waits for the service. Errors:
+  // Unavailable, saying why, where it cannot be had (a GPU server of this host, engine's pointers
+  // on a GPU, codec "raw", output_type the sequences' element type, and what ConnectResidentRequest
+  // says); the sequences are as before then.
+  absl::Status Join(absl::Span<EngineSequence* const> batch);
+  // Between two steps of the sequence's group, at least every 256 tokens: sends what was appended,
+  // and takes over what the service has clustered, which ends with it being the window's. Waits for
+  // the stream and the service. Errors: the first failure of a step since the last Settle, whose
+  // outputs were zeros: then the group must be left.
+  absl::Status Settle(EngineSequence* sequence, EngineStream stream);
+  // As Settle, and the group's sequences are single again, on the links that they had. Errors:
+  // Settle's; they are single all the same.
+  absl::Status Leave(EngineSequence* sequence, EngineStream stream);
+
+  // ---- the end. Of a group: the others leave it too, and its streams have done their work.
   // Sends what was appended and not yet sent, detaches; the service keeps the sequence by its
   // rules. The pointer is gone after it, whatever it returns.
   absl::Status Close(EngineSequence* sequence);
@@ -128,7 +147,8 @@ class Engine {
 
   // As the service last told it. Not while another thread calls on the sequence.
   static const v1::Sequence& sequence(const EngineSequence& sequence);
-  // "grpc", "peer" or "nccl", and why not a better one; empty before Attach.
+  // "resident" in a group; else "grpc", "peer" or "nccl", and why not a better one; empty before
+  // Attach.
   static std::string link(const EngineSequence& sequence);
   static std::string link_reason(const EngineSequence& sequence);
 

@@ -20,6 +20,7 @@
 #include "proto/error.h"
 #include "worker/cuda_ingest_ring.h"
 #include "worker/cuda_window.h"
+#include "worker/engine_resident.h"
 #include "worker/stream_cuda.h"
 
 namespace clusterkv::worker {
@@ -541,6 +542,11 @@ class CudaDevice : public EngineDevice {
         std::make_unique<CudaLayers>(device_, timeout_ns_, static_cast<ElementType>(output_type));
     CKV_RETURN_IF_ERROR(layers->Start(session));
     return layers;
+  }
+
+  absl::StatusOr<std::unique_ptr<EngineGroup>> MakeGroup(absl::Span<DecodeSession* const> sessions,
+                                                         v1::ElementType output_type) override {
+    return MakeResidentGroup(device_, timeout_ns_, sessions, static_cast<ElementType>(output_type));
   }
 
  private:

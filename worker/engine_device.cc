@@ -114,6 +114,11 @@ class HostDevice : public EngineDevice {
                                                            v1::ElementType output_type) override {
     return std::make_unique<HostLayers>(session, static_cast<ElementType>(output_type));
   }
+
+  absl::StatusOr<std::unique_ptr<EngineGroup>> MakeGroup(absl::Span<DecodeSession* const>,
+                                                         v1::ElementType) override {
+    return absl::UnavailableError("resident: the engine's pointers are host memory");
+  }
 };
 
 }  // namespace

@@ -15,6 +15,7 @@
 #include "absl/status/status.h"
 #include "absl/status/statusor.h"
 #include "absl/time/time.h"
+#include "absl/types/span.h"
 #include "worker/decode_session.h"
 #include "worker/ingest_ring.h"
 
@@ -38,6 +39,24 @@ class EngineLayers {
   // launched.
   virtual absl::Status Attend(int64_t layer, void* output, EngineStream stream) = 0;
   virtual int64_t held_bytes() const = 0;  // of KV, on the device
+};
+
+// Attached sequences that are decoded together and whose steps the service's GPU answers by itself.
+// One thread. When it dies the service writes no more; the sessions know all tokens up to the last
+// Settle.
+class EngineGroup {
+ public:
+  virtual ~EngineGroup() = default;
+
+  // A token's K and V of a layer; [sequences] of [kv_heads] rows.
+  virtual absl::Status Append(int64_t layer, absl::Span<const EngineRows> keys,
+                              absl::Span<const EngineRows> values, EngineStream stream) = 0;
+  // queries and output [sequences, query_heads, head_dim]. Layers in order, all of them in a step.
+  virtual absl::Status Step(int64_t layer, const void* queries, void* output,
+                            EngineStream stream) = 0;
+  // Waits for the stream; hands what was appended over to the sessions and the service, and takes
+  // over what was clustered. Errors: the steps' first failure: there is no group any more.
+  virtual absl::Status Settle(EngineStream stream) = 0;
 };
 
 class EngineDevice {
@@ -66,6 +85,9 @@ class EngineDevice {
   // `output_type`: of what Attend writes.
   virtual absl::StatusOr<std::unique_ptr<EngineLayers>> MakeLayers(const DecodeSession& session,
                                                                    v1::ElementType output_type) = 0;
+  // The sessions outlive the group. Errors: Unavailable, saying why, when there is none to be had.
+  virtual absl::StatusOr<std::unique_ptr<EngineGroup>> MakeGroup(
+      absl::Span<DecodeSession* const> sessions, v1::ElementType output_type) = 0;
 };
 
 // device: "cpu", "cuda" or "cuda:N". step_timeout: how long a GPU's stream waits for an answer.

@@ -28,6 +28,7 @@
 #include <cuda_runtime.h>
 
 #include <cstdint>
+#include <limits>
 
 #include "kernels/attention/attention_cuda.h"
 #include "kernels/base/element_type.h"
@@ -131,6 +132,7 @@ struct StepParams {
   const uint64_t* rounds = nullptr;  // rounds before this step; advanced by LaunchEndStep
   uint32_t* status = nullptr;        // StepStatus bits are set in it; zeroed by the caller
   uint64_t timeout_ns = 0;           // for a reply; 0: waits for ever
+  float lost = std::numeric_limits<float>::quiet_NaN();  // every output after a timeout
 };
 enum StepStatus : uint32_t { kStepSlotsMissing = 1, kStepStateMissing = 2 };
 
@@ -147,7 +149,7 @@ enum StepPart : int {
 
 // One layer of one step: queries [pairs, group, head_dim] of query_type to output, likewise, and
 // where lse is not null to its log-sum-exp [pairs, group]. Asynchronous on `stream`; may be
-// captured in a graph and replayed. After a timeout the outputs concerned are NaN and the status
+// captured in a graph and replayed. After a timeout the outputs concerned are `lost` and the status
 // says so. Errors: cudaErrorInvalidValue; whatever the launch reports.
 cudaError_t LaunchStep(const StepParams& params, int32_t layer, StepPart part, const void* queries,
                        void* output, float* lse, cudaStream_t stream);

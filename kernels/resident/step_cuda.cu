@@ -109,10 +109,9 @@ __device__ void FinishStep(const StepPlan& plan, int pair, uint32_t flag, const 
         const int channel = number % s.head_dim;
         const float x = merge.Output(PartialOutput(merged)[head * plan.channel_span + channel],
                                      merge.other > 0 ? __uint_as_float(word[j]) : 0.0f);
-        StoreOutput<T>(output, row * s.head_dim + channel,
-                       valid ? x : __uint_as_float(0x7fc00000u));
+        StoreOutput<T>(output, row * s.head_dim + channel, valid ? x : plan.params.lost);
       } else if (lse != nullptr) {
-        lse[row] = valid ? merge.Lse() : __uint_as_float(0x7fc00000u);
+        lse[row] = valid ? merge.Lse() : plan.params.lost;
       }
     }
   }

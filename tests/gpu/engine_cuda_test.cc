@@ -18,6 +18,7 @@
 #include "kernels/runtime/device.h"
 #include "proto/error.h"
 #include "tests/gpu/gpu_server.h"
+#include "tests/gpu/on_device.h"
 #include "tests/worker/worker_harness.h"
 #include "worker/engine.h"
 #include "worker/stream_cuda.h"
@@ -67,19 +68,6 @@ EngineOptions Options(const std::string& target, const std::vector<v1::Link>& li
   options.decode.select.set_budget_tokens(32);
   options.threads = 2;
   return options;
-}
-
-// Bytes in device memory.
-DeviceBuffer OnDevice(const void* bytes, size_t count) {
-  auto buffer = DeviceBuffer::Create(0, static_cast<int64_t>(count));
-  EXPECT_TRUE(buffer.ok()) << buffer.status();
-  EXPECT_EQ(cudaMemcpy(buffer->data(), bytes, count, cudaMemcpyHostToDevice), cudaSuccess);
-  // From pageable memory a copy may still be on its way, and other streams do not wait for it.
-  EXPECT_EQ(cudaStreamSynchronize(nullptr), cudaSuccess);
-  return std::move(*buffer);
-}
-DeviceBuffer OnDevice(absl::Span<const std::byte> bytes) {
-  return OnDevice(bytes.data(), bytes.size());
 }
 
 void ExpectNear(const std::vector<float>& got, const std::vector<float>& want) {

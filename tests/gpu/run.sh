@@ -171,6 +171,15 @@ for what in links faults; do
       tee "$logs/transformers_window" || ingest=${PIPESTATUS[0]}
     [ "$ingest" = 0 ] || [ "$ingest" = 77 ] || status=1
   fi
+  # Decoding without the host, and a worker that is killed in the middle of it.
+  if [ -x "$programs/resident_loop" ]; then
+    say "$what: resident"
+    if [ "$what" = faults ]; then more=(--only=kills "--kills=$kills"); else more=(); fi
+    LD_LIBRARY_PATH="$programs/lib:${LD_LIBRARY_PATH:-}" timeout 300 python3 -B \
+      tests/gpu/resident.py "--bin=$programs" "--out=$logs/resident_$what" "${more[@]}" 2>&1 |
+      tee "$logs/resident_$what.log" || status=1
+    cp "$logs/resident_$what/resident.json" "$out/resident_$what.json" || status=1
+  fi
   say "$what"
   if [ "$what" = faults ]; then more=(--faults "--kills=$kills"); else more=(); fi
   LD_LIBRARY_PATH="$programs/lib:${LD_LIBRARY_PATH:-}" python3 -B tests/gpu/links.py \
@@ -191,7 +200,8 @@ fi
 python3 - "$out" <<'END'
 import json, pathlib, sys
 out = pathlib.Path(sys.argv[1])
-reports = [out / name for name in ("gpu.json", "links.json", "faults.json", "ingest.json")]
+names = ("gpu", "links", "faults", "ingest", "resident_links", "resident_faults")
+reports = [out / f"{name}.json" for name in names]
 reports = [json.loads(path.read_text()) for path in reports if path.exists()]
 if reports:
     rows = [row for report in reports for row in report["rows"]]
