@@ -18,10 +18,11 @@ Usage: tests/gpu/run.sh --out=DIR [--only=unit|links|faults|bench] [--cases=DIR]
   --build=DIR   where binaries go (default: build/gpu)
   --prebuilt    they are there already
   --sanitize=0  not under compute-sanitizer
-  --programs=DIR  clusterkv-server, ckv and (for links) engine_cuda_gpu_test, ingest_window_gpu_test
-                  and ingest_bench of a build with CUDA, their shared libraries in DIR/lib where the
-                  machine lacks them (default: build/*/bin). For links the package clusterkv on
-                  PYTHONPATH, built with CUDA, lets a Transformers model take part
+  --programs=DIR  clusterkv-server, ckv and (for links) engine_cuda_gpu_test, resident_loop,
+                  ingest_window_gpu_test and ingest_bench of a build with CUDA, their shared
+                  libraries in DIR/lib where the machine lacks them (default: build/*/bin). For
+                  links the package clusterkv on PYTHONPATH, built with CUDA, lets a Transformers
+                  model take part
   --kills=N     of the worker per link (default: 20)
 END
 }
