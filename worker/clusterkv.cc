@@ -128,10 +128,11 @@ absl::Status Have(const void* engine, const void* sequence) {
 }
 
 // A call on one sequence.
+template <typename... Args>
 int Call(ckv_engine* engine, ckv_sequence* sequence,
-         absl::Status (Engine::*method)(EngineSequence*)) {
+         absl::Status (Engine::*method)(EngineSequence*, Args...), Args... args) {
   const absl::Status have = Have(engine, sequence);
-  return Told(have.ok() ? (Of(engine)->*method)(Of(sequence)) : have);
+  return Told(have.ok() ? (Of(engine)->*method)(Of(sequence), args...) : have);
 }
 
 absl::Status Open(const ckv_options* given, ckv_engine** engine) {
@@ -203,6 +204,15 @@ absl::Status Step(ckv_engine* engine, uint32_t layer, ckv_step_entry* entries, s
   return first;
 }
 
+absl::Status Join(ckv_engine* engine, ckv_sequence* const* sequences, size_t count) {
+  std::vector<EngineSequence*> batch(count);
+  for (size_t i = 0; i < count; ++i) {
+    CKV_RETURN_IF_ERROR(Have(engine, sequences[i]));
+    batch[i] = Of(sequences[i]);
+  }
+  return engine == nullptr ? Missing("engine") : Of(engine)->Join(batch);
+}
+
 }  // namespace
 
 void ckv_init(void* of, size_t size) {
@@ -253,6 +263,18 @@ int ckv_step(ckv_engine* engine, uint32_t layer, ckv_step_entry* entries, size_t
 
 int ckv_wait(ckv_engine* engine, ckv_sequence* sequence) {
   return Call(engine, sequence, &Engine::Wait);
+}
+
+int ckv_join(ckv_engine* engine, ckv_sequence* const* sequences, size_t count) {
+  return Told(Join(engine, sequences, count));
+}
+
+int ckv_settle(ckv_engine* engine, ckv_sequence* sequence, ckv_stream stream) {
+  return Call(engine, sequence, &Engine::Settle, stream);
+}
+
+int ckv_leave(ckv_engine* engine, ckv_sequence* sequence, ckv_stream stream) {
+  return Call(engine, sequence, &Engine::Leave, stream);
 }
 
 int ckv_close(ckv_engine* engine, ckv_sequence* sequence) {

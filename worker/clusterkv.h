@@ -4,6 +4,8 @@
  *   prefill   ckv_create, ckv_ingest each layer, ckv_seal
  *   decode    ckv_attach, and per token and layer: ckv_append its K and V, ckv_step its queries; at
  *             the end ckv_close, or ckv_release, which gives the service's memory back
+ *   without the host, where ckv_join succeeds: the same calls then only launch kernels, and can be
+ *             captured in a CUDA graph; ckv_settle at least every 256 tokens; ckv_leave
  *
  * The rules (who waits, what a failure leaves behind) are worker/engine.h's.
  *
@@ -131,6 +133,12 @@ int ckv_append(ckv_engine* engine, uint32_t layer, const ckv_append_entry* entri
 int ckv_step(ckv_engine* engine, uint32_t layer, ckv_step_entry* entries, size_t count,
              ckv_stream stream);
 int ckv_wait(ckv_engine* engine, ckv_sequence* sequence);
+
+/* Makes a batch a group, which the service's GPU answers by itself; CKV_UNAVAILABLE says why not,
+ * and the sequences are as before. Of a group any sequence does for the others. */
+int ckv_join(ckv_engine* engine, ckv_sequence* const* sequences, size_t count);
+int ckv_settle(ckv_engine* engine, ckv_sequence* sequence, ckv_stream stream);
+int ckv_leave(ckv_engine* engine, ckv_sequence* sequence, ckv_stream stream);
 
 /* The pointer is gone after either, whatever it returns. */
 int ckv_close(ckv_engine* engine, ckv_sequence* sequence);

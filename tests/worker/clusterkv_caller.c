@@ -59,6 +59,14 @@ static int Decode(ckv_engine* engine, const caller_model* model, ckv_sequence* s
   return 0;
 }
 
+/* On host memory there are no groups, and a sequence decodes as if none had been asked for. */
+static int IsRefusedAGroup(ckv_engine* engine, ckv_sequence* sequence) {
+  return ckv_join(engine, &sequence, 1) == CKV_UNAVAILABLE &&
+         strstr(ckv_error_message(), "host memory") != NULL &&
+         ckv_settle(engine, sequence, NULL) == CKV_FAILED_PRECONDITION &&
+         ckv_leave(engine, sequence, NULL) == CKV_FAILED_PRECONDITION;
+}
+
 int caller_run(const char* target, const caller_model* model, float* outputs, char* message,
                size_t size) {
   ckv_options options;
@@ -70,6 +78,7 @@ int caller_run(const char* target, const caller_model* model, float* outputs, ch
   options.hot_cache_tokens = 64;
   if (ckv_open(&options, &engine) != CKV_OK) return Fail("open", message, size);
   if (Prefill(engine, model, &sequence) != CKV_OK) return Fail("prefill", message, size);
+  if (!IsRefusedAGroup(engine, sequence)) return Fail("join", message, size);
   if (Decode(engine, model, sequence, outputs) != 0) return Fail("decode", message, size);
   if (ckv_close(engine, sequence) != CKV_OK) return Fail("close", message, size);
   if (ckv_attach_by_name(engine, model->name, &other) != CKV_OK) {

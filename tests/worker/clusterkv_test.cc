@@ -99,6 +99,9 @@ TEST(ClusterkvTest, WhatIsMissingIsAnErrorNotACrash) {
   ASSERT_EQ(ckv_open(&options, &engine), CKV_OK) << ckv_error_message();
   EXPECT_EQ(ckv_seal(engine, nullptr), CKV_INVALID_ARGUMENT);
   EXPECT_EQ(ckv_wait(nullptr, nullptr), CKV_INVALID_ARGUMENT);
+  EXPECT_EQ(ckv_join(engine, nullptr, 0), CKV_INVALID_ARGUMENT);
+  EXPECT_EQ(ckv_join(engine, &sequence, 1), CKV_INVALID_ARGUMENT);
+  EXPECT_EQ(ckv_settle(engine, nullptr, nullptr), CKV_INVALID_ARGUMENT);
   EXPECT_EQ(ckv_attach_by_name(engine, "nobody", &sequence), CKV_NOT_FOUND);
   EXPECT_STREQ(ckv_error_reason(), "SEQUENCE_NOT_FOUND");
   ckv_step_entry entry;
