@@ -26,11 +26,6 @@ std::optional<int> OrdinalOf(std::string_view device) {
 
 }  // namespace
 
-int64_t HeadSlotsBytes(int64_t slots, int64_t record_bytes) {
-  constexpr int64_t kAlignment = 256;
-  return (slots * record_bytes + kAlignment - 1) / kAlignment * kAlignment;
-}
-
 std::string WhyNoWindow(const std::string& device, v1::Link link) {
   const std::optional<int> ordinal = OrdinalOf(device);
   if (!ordinal.has_value())

@@ -54,7 +54,10 @@ using RecordWindowMaker =
     std::function<absl::StatusOr<std::unique_ptr<RecordWindow>>(const RecordWindow::Layout&)>;
 
 // head_bytes of a window: those of a head's slots, to a multiple of 256.
-int64_t HeadSlotsBytes(int64_t slots, int64_t record_bytes);
+inline int64_t HeadSlotsBytes(int64_t slots, int64_t record_bytes) {
+  constexpr int64_t kAlignment = 256;
+  return (slots * record_bytes + kAlignment - 1) / kAlignment * kAlignment;
+}
 
 // Why there are no such links on `device` ("cpu", "cuda", "cuda:N"); empty: there are.
 std::string WhyNoWindow(const std::string& device, v1::Link link);
