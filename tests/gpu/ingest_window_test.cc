@@ -17,6 +17,7 @@
 #include "kernels/runtime/device.h"
 #include "proto/error.h"
 #include "tests/gpu/gpu_server.h"
+#include "tests/gpu/on_device.h"
 #include "tests/worker/worker_harness.h"
 #include "worker/cuda_ingest_ring.h"
 #include "worker/engine.h"
@@ -67,10 +68,7 @@ class LayerOnGpu {
         std::memcpy(to + row_, layer.values.data() + (t * kKvHeads + h) * row_, row_);
       }
     }
-    buffer_ = DeviceBuffer::Create(WorkerGpu(), static_cast<int64_t>(page.size())).value();
-    const kernels::ScopedDevice scoped(WorkerGpu());
-    EXPECT_EQ(cudaMemcpy(buffer_.data(), page.data(), page.size(), cudaMemcpyHostToDevice),
-              cudaSuccess);
+    buffer_ = OnDevice(page.data(), page.size(), WorkerGpu());
   }
   // From `token` on.
   EngineKv At(int64_t token) const {

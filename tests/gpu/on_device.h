@@ -14,10 +14,10 @@
 
 namespace clusterkv::worker {
 
-// On device 0.
-inline kernels::DeviceBuffer OnDevice(const void* bytes, size_t count) {
-  auto buffer = kernels::DeviceBuffer::Create(0, static_cast<int64_t>(count));
+inline kernels::DeviceBuffer OnDevice(const void* bytes, size_t count, int device = 0) {
+  auto buffer = kernels::DeviceBuffer::Create(device, static_cast<int64_t>(count));
   EXPECT_TRUE(buffer.ok()) << buffer.status();
+  const kernels::ScopedDevice scoped(device);
   EXPECT_EQ(cudaMemcpy(buffer->data(), bytes, count, cudaMemcpyHostToDevice), cudaSuccess);
   // From pageable memory a copy may still be on its way, and other streams do not wait for it.
   EXPECT_EQ(cudaStreamSynchronize(nullptr), cudaSuccess);

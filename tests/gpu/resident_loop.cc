@@ -123,6 +123,9 @@ class Loop {
       copy(Rows(l), worker::Rows(layer, layer.keys, token, token + 1));
       copy(Rows(l) + kRow * 2, worker::Rows(layer, layer.values, token, token + 1));
     }
+    // From pageable memory copies may still be on their way, and other streams do not wait for
+    // them.
+    Must(cudaStreamSynchronize(nullptr));
   }
   void Launch(bool append) {
     for (int64_t l = 0; l < options_.layers; ++l) {

@@ -63,6 +63,7 @@ class Prompt {
     CKV_CHECK(cudaSetDevice(WorkerGpu()) == cudaSuccess);
     CKV_CHECK(cudaMemcpy(gpu_.data(), rows.data(), 2 * static_cast<size_t>(bytes_),
                          cudaMemcpyHostToDevice) == cudaSuccess);
+    CKV_CHECK(cudaStreamSynchronize(nullptr) == cudaSuccess);  // no other stream waits for the copy
   }
   int64_t bytes() const { return 2 * bytes_; }
   EngineKv kv() const { return {gpu_.data(), gpu_.data() + bytes_, 0, 0}; }
