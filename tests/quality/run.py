@@ -43,7 +43,7 @@ from transformers import (AttentionInterface, AttentionMaskInterface, AutoModelF
 
 import oracle
 import tasks
-from clusterkv import _calls, _native
+from clusterkv import _calls, _native, _tensors
 from clusterkv import transformers as ckv
 from clusterkv.client import Client
 from clusterkv.v1 import cache_service_pb2 as pb
@@ -283,7 +283,7 @@ class ServiceMethod(Method):
     def attend(self, layer, query, key, value, q, k, v):
         index, steps = layer - self.options.dense_layers, query.shape[1]
         out = torch.empty(steps, query.shape[0], query.shape[2])
-        tail = [ckv._host(t.transpose(0, 1)) for t in (key, value, query)]
+        tail = [_tensors.host(t.transpose(0, 1)) for t in (key, value, query)]
         # Steps whose positions are asked for go alone.
         asked = range(16, steps, self.options.check_oracle) if self.options.check_oracle else ()
         begins = sorted({0, SKIPPED_STEPS, steps, *asked, *(i + 1 for i in asked)})
@@ -366,7 +366,7 @@ class Ingest:
                    for name, sequence in self.sequences.items()}
         for layer in range(dense_layers, config.num_hidden_layers) if writers else ():
             cached, rms = prompt.layers[layer], query_rms[layer].cpu().numpy()
-            k, v = (ckv._host(t[0].transpose(0, 1)) for t in (cached.keys, cached.values))
+            k, v = (_tensors.host(t[0].transpose(0, 1)) for t in (cached.keys, cached.values))
             for writer in writers.values():
                 writer.put(layer - dense_layers, 0, k.shape[0], k, v, rms)
         for name, writer in writers.items():
