@@ -44,7 +44,6 @@ from transformers import (AttentionInterface, AttentionMaskInterface, AutoModelF
 import oracle
 import tasks
 from clusterkv import _calls, _native, _tensors
-from clusterkv import transformers as ckv
 from clusterkv.client import Client
 from clusterkv.v1 import cache_service_pb2 as pb
 from clusterkv.v1 import types_pb2 as types
