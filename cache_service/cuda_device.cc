@@ -270,16 +270,31 @@ Residents::Pause::~Pause() ABSL_NO_THREAD_SAFETY_ANALYSIS {
   residents_.mutex_.Unlock();
 }
 
-// Counts a link of the device while it lives.
+// A link or window of the device, counted while it lives. Its end waits for the whole device.
+template <typename T>
+class Counted {
+ public:
+  Counted(std::unique_ptr<T> counted, std::atomic<int>* count, Residents* residents)
+      : counted_(std::move(counted)), count_(*count), residents_(*residents) {}
+  ~Counted() {
+    const Residents::Pause pause(&residents_);
+    counted_.reset();
+    count_.fetch_sub(1);
+  }
+  Counted(const Counted&) = delete;
+  Counted& operator=(const Counted&) = delete;
+  T* operator->() const { return counted_.get(); }
+
+ private:
+  std::unique_ptr<T> counted_;
+  std::atomic<int>& count_;
+  Residents& residents_;
+};
+
 class CountedLink : public RecordLink {
  public:
   CountedLink(std::unique_ptr<RecordLink> link, std::atomic<int>* links, Residents* residents)
-      : link_(std::move(link)), links_(*links), residents_(*residents) {}
-  ~CountedLink() override {
-    const Residents::Pause pause(&residents_);
-    link_.reset();
-    links_.fetch_sub(1);
-  }
+      : link_(std::move(link), links, residents) {}
   v1::Link kind() const override { return link_->kind(); }
   bool ready() const override { return link_->ready(); }
   std::string failure() const override { return link_->failure(); }
@@ -288,21 +303,13 @@ class CountedLink : public RecordLink {
   }
 
  private:
-  std::unique_ptr<RecordLink> link_;
-  std::atomic<int>& links_;
-  Residents& residents_;
+  Counted<RecordLink> link_;
 };
 
-// The same for a window.
 class CountedWindow : public RowWindow {
  public:
   CountedWindow(std::unique_ptr<RowWindow> window, std::atomic<int>* links, Residents* residents)
-      : window_(std::move(window)), links_(*links), residents_(*residents) {}
-  ~CountedWindow() override {
-    const Residents::Pause pause(&residents_);
-    window_.reset();
-    links_.fetch_sub(1);
-  }
+      : window_(std::move(window), links, residents) {}
   int64_t bytes() const override { return window_->bytes(); }
   absl::StatusOr<TakenChunk> Take(const WindowChunk& chunk,
                                   absl::Span<const PagedRun> runs) override {
@@ -313,9 +320,7 @@ class CountedWindow : public RowWindow {
   }
 
  private:
-  std::unique_ptr<RowWindow> window_;
-  std::atomic<int>& links_;
-  Residents& residents_;
+  Counted<RowWindow> window_;
 };
 
 class CudaDevice : public ShardDevice {

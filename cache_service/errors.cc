@@ -11,6 +11,11 @@ absl::Status FieldError(v1::ErrorReason reason, std::string_view field, std::str
                {{"field", field_name}, {"expected", expected_text}, {"got", got_text}});
 }
 
+absl::Status CheckRange(std::string_view field, uint64_t least, uint64_t most, uint64_t got) {
+  if (got >= least && got <= most) return absl::OkStatus();
+  return FieldError(v1::INVALID_FIELD, field, absl::StrCat(least, " to ", most), absl::StrCat(got));
+}
+
 absl::Status LimitError(std::string_view limit, int64_t allowed, int64_t needed) {
   const std::string name(limit);
   return Error(v1::LIMIT_EXCEEDED, absl::StrCat(name, ": at most ", allowed, ", needed ", needed),

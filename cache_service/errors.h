@@ -14,6 +14,8 @@ namespace clusterkv::cache_service {
 // "field: expected …, got …" with the three as metadata.
 absl::Status FieldError(v1::ErrorReason reason, std::string_view field, std::string_view expected,
                         std::string_view got);
+// INVALID_FIELD unless got is in [least, most].
+absl::Status CheckRange(std::string_view field, uint64_t least, uint64_t most, uint64_t got);
 // LIMIT_EXCEEDED, naming the limit.
 absl::Status LimitError(std::string_view limit, int64_t allowed, int64_t needed);
 absl::Status LayerOutOfRange(int64_t layer, int64_t layers);

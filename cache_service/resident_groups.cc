@@ -17,20 +17,15 @@ namespace {
 constexpr int kMaxMembers = 64;
 constexpr uint32_t kMinSlots = 32, kMaxSlots = 512, kMaxExact = 128;
 
-absl::Status CheckField(std::string_view field, uint32_t least, uint32_t most, uint32_t got) {
-  if (got >= least && got <= most) return absl::OkStatus();
-  return FieldError(v1::INVALID_FIELD, field, absl::StrCat(least, " to ", most), absl::StrCat(got));
-}
-
 absl::Status CheckRequest(const v1::ConnectResidentRequest& request) {
-  CKV_RETURN_IF_ERROR(CheckField("attachment_ids", 1, kMaxMembers,
+  CKV_RETURN_IF_ERROR(CheckRange("attachment_ids", 1, kMaxMembers,
                                  static_cast<uint32_t>(request.attachment_ids_size())));
-  CKV_RETURN_IF_ERROR(CheckField("slots", kMinSlots, kMaxSlots, request.slots()));
+  CKV_RETURN_IF_ERROR(CheckRange("slots", kMinSlots, kMaxSlots, request.slots()));
   if (request.slots() % kMinSlots != 0) {
     return FieldError(v1::INVALID_FIELD, "slots", absl::StrCat("a multiple of ", kMinSlots),
                       absl::StrCat(request.slots()));
   }
-  return CheckField("max_exact_tokens", 1, std::min(kMaxExact, request.slots()),
+  return CheckRange("max_exact_tokens", 1, std::min(kMaxExact, request.slots()),
                     request.max_exact_tokens());
 }
 
@@ -64,11 +59,10 @@ absl::Status CheckAlike(const std::vector<std::shared_ptr<Attachment>>& members)
     return absl::UnavailableError(
         "resident: expected attachments of one shape, codes and selection");
   }
-  const kernels::RecordCodec& codec = *first.params.codec;
   for (const auto& member : members) {
-    if (member->params.codec->name() == "raw") continue;
-    return absl::UnavailableError(
-        absl::StrCat("resident: expected codec raw, got ", std::string(codec.name())));
+    const std::string codec(member->params.codec->name());
+    if (codec == "raw") continue;
+    return absl::UnavailableError(absl::StrCat("resident: expected codec raw, got ", codec));
   }
   if (first.params.shape.element_type == kernels::ElementType::kFloat16) {
     return absl::UnavailableError("resident: expected bfloat16 or float32, got float16");

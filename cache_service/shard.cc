@@ -394,10 +394,7 @@ class ShardImpl : public Shard {
 absl::StatusOr<v1::ConnectIngestResponse> ShardImpl::ConnectIngest(
     const v1::ConnectIngestRequest& request) {
   CKV_RETURN_IF_ERROR(sessions_.CheckAlive(request.session_id()));
-  if (request.bytes() < 1 || request.bytes() > kMostWindowBytes) {
-    return FieldError(v1::INVALID_FIELD, "bytes", absl::StrCat("1 to ", kMostWindowBytes),
-                      absl::StrCat(request.bytes()));
-  }
+  CKV_RETURN_IF_ERROR(CheckRange("bytes", 1, kMostWindowBytes, request.bytes()));
   v1::ConnectIngestResponse response;
   if (std::string why = WhyNoLink(v1::LINK_PEER, request.host()); !why.empty()) {
     response.set_reason(why);
@@ -484,10 +481,8 @@ absl::Status CheckWindow(const v1::PeerWindow& window, const Attachment& attachm
   const auto head_bytes = static_cast<uint64_t>(cache->slot_count() * record_bytes);
   const auto kv_heads = static_cast<uint64_t>(attachment.params.shape.kv_heads);
   const auto layers = static_cast<uint64_t>(attachment.params.layers);
-  const auto check = [](std::string_view field, uint64_t least, uint64_t got) -> absl::Status {
-    if (got >= least && got <= kMostWindowBytes) return absl::OkStatus();
-    return FieldError(v1::INVALID_FIELD, field, absl::StrCat(least, " to ", kMostWindowBytes),
-                      absl::StrCat(got));
+  const auto check = [](std::string_view field, uint64_t least, uint64_t got) {
+    return CheckRange(field, least, kMostWindowBytes, got);
   };
   CKV_RETURN_IF_ERROR(check("window.head_bytes", head_bytes, window.head_bytes()));
   CKV_RETURN_IF_ERROR(

@@ -320,14 +320,21 @@ TEST_F(EngineCudaTest, AFailureIsToldByTheNextCall) {
   EXPECT_FALSE(engine_->Close(sequence).ok());
 }
 
-TEST_F(EngineCudaTest, WithoutAnAnswerTheStreamGoesOnWithZeros) {
-  auto pinned = PinnedBuffer::Create(4096);
-  auto state = DeviceBuffer::Create(0, 256);
-  ASSERT_TRUE(pinned.ok() && state.ok());
-  std::memset(pinned->data(), 0, 4096);
+// What LaunchTake takes, of a package that is all zeros.
+struct EmptyPackage {
+  EmptyPackage() {
+    std::memset(pinned.data(), 0, 4096);
+    take.package = reinterpret_cast<StreamPackage*>(pinned.data());
+    take.state = reinterpret_cast<uint32_t*>(state.data());
+  }
+  PinnedBuffer pinned = PinnedBuffer::Create(4096).value();
+  DeviceBuffer state = DeviceBuffer::Create(0, 256).value();
   StreamTake take;
-  take.package = reinterpret_cast<StreamPackage*>(pinned->data());
-  take.state = reinterpret_cast<uint32_t*>(state->data());
+};
+
+TEST_F(EngineCudaTest, WithoutAnAnswerTheStreamGoesOnWithZeros) {
+  EmptyPackage package;
+  StreamTake& take = package.take;
   take.package->published = 6;
   take.package->records = 1;  // nowhere to go: must not be looked at
   ASSERT_EQ(LaunchTake(take, 7, 1'000'000, stream_->get()), cudaSuccess);
@@ -409,15 +416,10 @@ void FailUnder(Stream& stream, const std::function<void()>& queue) {
   cuda_emulator::Fail();
   queue();
 #else
-  auto pinned = PinnedBuffer::Create(4096);
-  auto state = DeviceBuffer::Create(0, 256);
-  ASSERT_TRUE(pinned.ok() && state.ok());
-  std::memset(pinned->data(), 0, 4096);
-  StreamTake take;
-  take.package = reinterpret_cast<StreamPackage*>(pinned->data());
-  take.state = reinterpret_cast<uint32_t*>(state->data());
+  EmptyPackage package;
+  StreamTake& take = package.take;
   take.small_copy = reinterpret_cast<unsigned char*>(8);  // nobody's
-  take.small = reinterpret_cast<const unsigned char*>(pinned->data());
+  take.small = reinterpret_cast<const unsigned char*>(package.pinned.data());
   take.small_bytes = 8;
   ASSERT_EQ(LaunchTake(take, 1, 10'000'000'000, stream.get()), cudaSuccess);
   queue();
