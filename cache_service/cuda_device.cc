@@ -19,6 +19,7 @@
 #include "cache_service/cuda_resident.h"
 #include "cache_service/errors.h"
 #include "cache_service/range_allocator.h"
+#include "cache_service/residents.h"
 #include "kernels/base/check.h"
 #include "kernels/base/status_macros.h"
 #include "kernels/codec/record_format.h"
@@ -224,60 +225,16 @@ struct CudaPart : CudaPartBase {
 constexpr int kMaxLinks = 64;
 constexpr int64_t kMaxMessageBytes = 64 << 20;
 
-// The resident kernels of a device, and how many multiprocessors they may have.
-//
-// Thread-safe. Calls that wait for the whole device are made while all are stopped (Pause).
-class Residents {
- public:
-  // Stops all while it lives, but what failed.
-  class Pause {
-   public:
-    explicit Pause(Residents* residents);
-    ~Pause();
-    Pause(const Pause&) = delete;
-    Pause& operator=(const Pause&) = delete;
-
-   private:
-    Residents& residents_;
-  };
-
-  // With a Pause: adds a stopped one, takes one out.
-  void Add(CudaResident* resident) ABSL_NO_THREAD_SAFETY_ANALYSIS { all_.push_back(resident); }
-  void Remove(CudaResident* resident) ABSL_NO_THREAD_SAFETY_ANALYSIS {
-    all_.erase(std::remove(all_.begin(), all_.end(), resident), all_.end());
-  }
-  // With a Pause: what a new one may have. Three quarters of the multiprocessors for all together,
-  // half of them for one; selects, builds and links keep the rest.
-  int FreeBlocks(int multiprocessors) const ABSL_NO_THREAD_SAFETY_ANALYSIS {
-    int taken = 0;
-    for (const CudaResident* resident : all_) taken += resident->blocks();
-    return std::min(multiprocessors / 2, multiprocessors * 3 / 4 - taken);
-  }
-
- private:
-  absl::Mutex mutex_;  // held by a Pause
-  std::vector<CudaResident*> all_ ABSL_GUARDED_BY(mutex_);
-};
-
-Residents::Pause::Pause(Residents* residents) ABSL_NO_THREAD_SAFETY_ANALYSIS
-    : residents_(*residents) {
-  residents_.mutex_.Lock();
-  for (CudaResident* resident : residents_.all_) resident->Stop().IgnoreError();
-}
-
-Residents::Pause::~Pause() ABSL_NO_THREAD_SAFETY_ANALYSIS {
-  for (CudaResident* resident : residents_.all_) resident->Start().IgnoreError();
-  residents_.mutex_.Unlock();
-}
-
-// A link or window of the device, counted while it lives. Its end waits for the whole device.
+// A link or window of the device, counted while it lives.
 template <typename T>
 class Counted {
  public:
+  // residents: stopped while it ends, for that waits for the whole device; null: there are none.
   Counted(std::unique_ptr<T> counted, std::atomic<int>* count, Residents* residents)
-      : counted_(std::move(counted)), count_(*count), residents_(*residents) {}
+      : counted_(std::move(counted)), count_(*count), residents_(residents) {}
   ~Counted() {
-    const Residents::Pause pause(&residents_);
+    std::optional<Residents::Pause> pause;
+    if (residents_ != nullptr) pause.emplace(residents_);
     counted_.reset();
     count_.fetch_sub(1);
   }
@@ -288,13 +245,15 @@ class Counted {
  private:
   std::unique_ptr<T> counted_;
   std::atomic<int>& count_;
-  Residents& residents_;
+  Residents* const residents_;
 };
 
 class CountedLink : public RecordLink {
  public:
-  CountedLink(std::unique_ptr<RecordLink> link, std::atomic<int>* links, Residents* residents)
-      : link_(std::move(link), links, residents) {}
+  // nccl: its place, if it is one of NCCL's.
+  CountedLink(std::unique_ptr<RecordLink> link, std::atomic<int>* links, Residents* residents,
+              std::optional<Residents::NcclPlace> nccl)
+      : nccl_(std::move(nccl)), link_(std::move(link), links, nccl_ ? nullptr : residents) {}
   v1::Link kind() const override { return link_->kind(); }
   bool ready() const override { return link_->ready(); }
   std::string failure() const override { return link_->failure(); }
@@ -303,6 +262,7 @@ class CountedLink : public RecordLink {
   }
 
  private:
+  const std::optional<Residents::NcclPlace> nccl_;  // outlives the link
   Counted<RecordLink> link_;
 };
 
@@ -325,7 +285,8 @@ class CountedWindow : public RowWindow {
 
 class CudaDevice : public ShardDevice {
  public:
-  CudaDevice(int ordinal, std::string name) : ordinal_(ordinal), name_(std::move(name)) {}
+  CudaDevice(int ordinal, std::string name, int multiprocessors)
+      : ordinal_(ordinal), name_(std::move(name)), residents_(multiprocessors) {}
 
   const std::string& name() const override { return name_; }
   bool healthy() const override { return healthy_.load(); }
@@ -921,10 +882,15 @@ absl::Status CudaDevice::RunBatch(Lane& lane, absl::Span<DeviceSelectItem* const
       cudaMemcpyAsync(lane.input.data(), lane.host_input.data(),
                       static_cast<size_t>(layout.input_bytes), cudaMemcpyHostToDevice, stream),
       "queries")));
-  const cudaError_t launched = kernels::LaunchSelect(
-      params, reinterpret_cast<const SelectCudaPair*>(lane.input.data() + layout.pair_array),
-      static_cast<int32_t>(layout.pairs), OutputAt(layout, lane.output.data()),
-      lane.workspace.data(), stream);
+  const auto pairs = static_cast<int32_t>(layout.pairs);
+  const auto launch = [&](int blocks_per_pair) {
+    SelectCudaParams placed = params;
+    placed.blocks_per_pair = blocks_per_pair;
+    return kernels::LaunchSelect(
+        placed, reinterpret_cast<const SelectCudaPair*>(lane.input.data() + layout.pair_array),
+        pairs, OutputAt(layout, lane.output.data()), lane.workspace.data(), stream);
+  };
+  const cudaError_t launched = residents_.LaunchSelect(pairs, launch);
   if (launched == cudaErrorInvalidValue) return CudaStatus(launched, "select");  // nothing ran
   CKV_RETURN_IF_ERROR(Note(CudaStatus(launched, "select")));
   CKV_RETURN_IF_ERROR(Note(CudaStatus(
@@ -961,6 +927,11 @@ absl::StatusOr<std::unique_ptr<RecordLink>> CudaDevice::Connect(const LinkSetup&
     return absl::ResourceExhaustedError(absl::StrCat(
         "messages: expected at most ", kMaxMessageBytes, " bytes, got ", setup.max_message_bytes));
   }
+  std::optional<Residents::NcclPlace> nccl;
+  if (setup.kind == v1::LINK_NCCL) {
+    CKV_ASSIGN_OR_RETURN(Residents::NcclPlace place, residents_.TakeNcclPlace());
+    nccl.emplace(std::move(place));
+  }
   CKV_RETURN_IF_ERROR(TakeLinkPlace());
   const Residents::Pause pause(&residents_);
   absl::StatusOr<std::unique_ptr<RecordLink>> link =
@@ -971,7 +942,7 @@ absl::StatusOr<std::unique_ptr<RecordLink>> CudaDevice::Connect(const LinkSetup&
     return link.status();
   }
   return std::unique_ptr<RecordLink>(
-      std::make_unique<CountedLink>(*std::move(link), &links_, &residents_));
+      std::make_unique<CountedLink>(*std::move(link), &links_, &residents_, std::move(nccl)));
 }
 
 absl::Status CudaDevice::TakeLinkPlace() {
@@ -1066,15 +1037,11 @@ absl::StatusOr<std::unique_ptr<DeviceResident>> CudaDevice::StartResident(
   shape.max_exact = static_cast<int32_t>(setup.max_exact);
   shape.slots = static_cast<int32_t>(setup.slots);
   const Residents::Pause pause(&residents_);
-  const int blocks = residents_.FreeBlocks(kernels::ReadLimits().multiprocessors);
-  if (blocks < 1) {
-    return absl::ResourceExhaustedError("resident: other groups have all multiprocessors for it");
-  }
+  CKV_RETURN_IF_ERROR(residents_.CheckRoom());
   CKV_ASSIGN_OR_RETURN(std::unique_ptr<CudaResident> resident,
-                       CudaResident::Create(ordinal_, shape, setup, blocks));
+                       CudaResident::Create(ordinal_, shape, setup));
   CKV_RETURN_IF_ERROR(resident->SetInput(ResidentInputOf(items)));
-  CKV_RETURN_IF_ERROR(resident->Start());
-  residents_.Add(resident.get());
+  CKV_RETURN_IF_ERROR(residents_.Add(resident.get()));
   return std::unique_ptr<DeviceResident>(
       std::make_unique<ListedResident>(std::move(resident), this));
 }
@@ -1087,8 +1054,9 @@ absl::StatusOr<std::unique_ptr<ShardDevice>> CreateCudaDevice(int ordinal) {
     return absl::UnavailableError(
         absl::StrCat("device: cuda:", ordinal, ": this process sees ", count, " CUDA devices"));
   }
-  return std::unique_ptr<ShardDevice>(
-      std::make_unique<CudaDevice>(ordinal, absl::StrCat("cuda:", ordinal)));
+  const ScopedDevice scoped(ordinal);
+  return std::unique_ptr<ShardDevice>(std::make_unique<CudaDevice>(
+      ordinal, absl::StrCat("cuda:", ordinal), kernels::ReadLimits().multiprocessors));
 }
 
 }  // namespace clusterkv::cache_service

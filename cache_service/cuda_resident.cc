@@ -9,6 +9,7 @@
 #include "absl/strings/str_cat.h"
 #include "cache_service/errors.h"
 #include "kernels/base/status_macros.h"
+#include "kernels/select/resident_clusters.h"
 
 namespace clusterkv::cache_service {
 namespace {
@@ -20,14 +21,13 @@ using kernels::ScopedDevice;
 using kernels::ServeControl;
 using kernels::Stream;
 
-constexpr int kMaxBlocksPerPair = 8;
 // Of the indexes of a layer, asked for into the second cache before queries come.
 constexpr int64_t kPrefetchBytes = 32 << 20;
 
 }  // namespace
 
 absl::StatusOr<std::unique_ptr<CudaResident>> CudaResident::Create(
-    int device, const kernels::ResidentShape& shape, const ResidentSetup& setup, int blocks) {
+    int device, const kernels::ResidentShape& shape, const ResidentSetup& setup) {
   const ScopedDevice scoped(device);
   const int64_t least = kernels::ReplyWindowBytes(shape) + kernels::HotCacheBytes(shape);
   if (setup.window.bytes() < static_cast<uint64_t>(least)) {
@@ -36,13 +36,13 @@ absl::StatusOr<std::unique_ptr<CudaResident>> CudaResident::Create(
   }
   CKV_ASSIGN_OR_RETURN(PeerWindow window, PeerWindow::Open(device, setup.window.handle(), least));
   std::unique_ptr<CudaResident> resident(new CudaResident(device, shape, std::move(window)));
-  CKV_RETURN_IF_ERROR(resident->Allocate(blocks));
+  CKV_RETURN_IF_ERROR(resident->Allocate());
   return resident;
 }
 
 CudaResident::~CudaResident() = default;
 
-absl::Status CudaResident::Allocate(int blocks) {
+absl::Status CudaResident::Allocate() {
   CKV_ASSIGN_OR_RETURN(Stream stream, Stream::Create(device_, /*priority=*/-1));
   stream_.emplace(std::move(stream));
   CKV_ASSIGN_OR_RETURN(Stream other, Stream::Create(device_, /*priority=*/-1));
@@ -59,7 +59,6 @@ absl::Status CudaResident::Allocate(int blocks) {
   CKV_ASSIGN_OR_RETURN(directory_, DeviceBuffer::Create(device_, kernels::DirectoryBytes(shape_)));
   CKV_ASSIGN_OR_RETURN(control_, DeviceBuffer::Create(device_, sizeof(ServeControl)));
   serve_.shape = shape_;
-  serve_.blocks = blocks;
   serve_.requests = requests_.data();
   serve_.replies = window_->data();
   serve_.hot_cache = window_->data() + kernels::ReplyWindowBytes(shape_);
@@ -76,7 +75,9 @@ absl::Status CudaResident::SetInput(const ResidentInput& input) {
   const ScopedDevice scoped(device_);
   kernels::ServeParams serve = serve_;
   serve.select = input.select;
-  serve.select.blocks_per_pair = std::clamp(serve.blocks / shape_.pairs, 1, kMaxBlocksPerPair);
+  // What every place that it may have is enough for.
+  serve.select.blocks_per_pair = 1;
+  serve.blocks = kernels::ReadLimits().multiprocessors;
   const int64_t workspace_bytes = kernels::ServeWorkspaceBytes(serve);
   if (workspace_bytes == 0) {
     return absl::UnavailableError(
@@ -102,9 +103,11 @@ absl::Status CudaResident::SetInput(const ResidentInput& input) {
   return absl::OkStatus();
 }
 
-absl::Status CudaResident::Start() {
+absl::Status CudaResident::Start(const ResidentPlace& place) {
   if (running_) return absl::OkStatus();
   const ScopedDevice scoped(device_);
+  serve_.select.blocks_per_pair = place.blocks_per_pair;
+  serve_.blocks = place.blocks();
   ServeControl start = {};
   start.served = rounds_ * static_cast<uint64_t>(shape_.pairs);
   CKV_RETURN_IF_ERROR(CudaStatus(

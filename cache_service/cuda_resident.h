@@ -20,6 +20,7 @@
 
 #include "absl/status/status.h"
 #include "absl/status/statusor.h"
+#include "cache_service/residents.h"
 #include "cache_service/shard_device.h"
 #include "kernels/comm/peer_window.h"
 #include "kernels/resident/resident_cuda.h"
@@ -36,24 +37,23 @@ struct ResidentInput {
   std::function<void(std::byte* host, std::byte* device)> fill;
 };
 
-class CudaResident {
+class CudaResident : public ResidentKernel {
  public:
-  // Maps the worker's window; of at most `blocks` multiprocessors. Stopped; has no input yet.
+  // Maps the worker's window. Stopped; has no input yet.
   // Errors: INVALID_FIELD for a window that is too small; as PeerWindow::Open and CudaStatus.
   static absl::StatusOr<std::unique_ptr<CudaResident>> Create(int device,
                                                               const kernels::ResidentShape& shape,
-                                                              const ResidentSetup& setup,
-                                                              int blocks);
-  ~CudaResident();  // REQUIRES: stopped
+                                                              const ResidentSetup& setup);
+  ~CudaResident() override;  // REQUIRES: stopped
 
   const v1::PeerWindow& requests() const { return exported_; }
-  int blocks() const { return serve_.blocks; }
+  int pairs() const override { return shape_.pairs; }
   // REQUIRES: stopped. Errors: Unavailable when the kernel does not take such an input, and the old
   // one stays; as CudaStatus.
   absl::Status SetInput(const ResidentInput& input);
-  // REQUIRES: stopped, with input.
-  absl::Status Start();
-  absl::Status Stop();
+  // REQUIRES: has input.
+  absl::Status Start(const ResidentPlace& place) override;
+  absl::Status Stop() override;
   // Gives all but the requests' window back, for good. REQUIRES: stopped.
   void Free();
   // Rounds that were answered whole. REQUIRES: stopped.
@@ -63,7 +63,7 @@ class CudaResident {
   CudaResident(int device, const kernels::ResidentShape& shape, kernels::PeerWindow window)
       : device_(device), shape_(shape), window_(std::move(window)) {}
 
-  absl::Status Allocate(int blocks);
+  absl::Status Allocate();
   kernels::ServeControl* control() const {
     return reinterpret_cast<kernels::ServeControl*>(control_.data());
   }
