@@ -14,11 +14,15 @@ constexpr int kBuildNice = 5;
 }  // namespace
 
 absl::StatusOr<std::unique_ptr<Executors>> Executors::Create(int build_threads, int select_threads,
-                                                             int64_t scratch_bytes) {
+                                                             int64_t scratch_bytes,
+                                                             bool selects_give_way) {
   auto executors = std::unique_ptr<Executors>(new Executors(scratch_bytes));
   CKV_ASSIGN_OR_RETURN(executors->build_,
-                       kernels::ThreadPool::Create(build_threads, "build", kBuildNice));
-  CKV_ASSIGN_OR_RETURN(executors->select_, kernels::ThreadPool::Create(select_threads, "select"));
+                       kernels::ThreadPool::Create(build_threads, "build", {.nice = kBuildNice}));
+  CKV_ASSIGN_OR_RETURN(
+      executors->select_,
+      kernels::ThreadPool::Create(select_threads, "select",
+                                  {.short_slices = selects_give_way, .batch = selects_give_way}));
   return executors;
 }
 

@@ -24,10 +24,12 @@ namespace clusterkv::cache_service {
 
 class Executors {
  public:
-  // scratch_bytes: the budget of all builds that run at the same time.
+  // scratch_bytes: the budget of all builds that run at the same time. selects_give_way: select
+  // threads take no CPU from a thread that runs, and have short slices.
   // Errors: as ThreadPool::Create.
   static absl::StatusOr<std::unique_ptr<Executors>> Create(int build_threads, int select_threads,
-                                                           int64_t scratch_bytes);
+                                                           int64_t scratch_bytes,
+                                                           bool selects_give_way = false);
   // Waits for what runs. REQUIRES: Stop was called, unless nothing was ever scheduled.
   ~Executors();
 

@@ -157,7 +157,9 @@ absl::Status Server::Impl::Start(const Config& config, std::unique_ptr<ShardDevi
   }
   const bool has_device = device != nullptr;
   if (has_device) device->OnFailure([this](const absl::Status& why) { DeviceFailed(why); });
-  CKV_ASSIGN_OR_RETURN(shard, Shard::Create(config.shard, std::move(device)));
+  ShardOptions options = config.shard;
+  options.selects_give_way = !config.tenants.empty();
+  CKV_ASSIGN_OR_RETURN(shard, Shard::Create(options, std::move(device)));
   rpc.device = shard->device_name();
   drain_delay = config.drain_delay;
   drain_timeout = config.drain_timeout;

@@ -577,9 +577,9 @@ absl::StatusOr<std::unique_ptr<Shard>> Shard::Create(const ShardOptions& options
   CKV_ASSIGN_OR_RETURN(std::unique_ptr<Arena> arena,
                        Arena::Create(options.arena_bytes, options.page_bytes));
   if (device != nullptr) CKV_RETURN_IF_ERROR(device->Start(*arena, options.select_threads));
-  CKV_ASSIGN_OR_RETURN(
-      std::unique_ptr<Executors> executors,
-      Executors::Create(options.build_threads, options.select_threads, BuildScratchBytes(options)));
+  CKV_ASSIGN_OR_RETURN(std::unique_ptr<Executors> executors,
+                       Executors::Create(options.build_threads, options.select_threads,
+                                         BuildScratchBytes(options), options.selects_give_way));
   return std::make_unique<ShardImpl>(options, std::move(arena), std::move(device),
                                      std::move(executors));
 }

@@ -49,6 +49,7 @@ struct ShardOptions {
   int64_t page_bytes = 32 << 10;
   int build_threads = 1;
   int select_threads = 1;
+  bool selects_give_way = false;  // to threads that read the network, where CPUs are few
   int64_t max_sequences = 4096;
   int64_t max_attachments = 1024;
   int64_t max_sequence_tokens = 4 << 20;

@@ -9,6 +9,8 @@
 #include <chrono>
 #include <cstdint>
 
+#include "kernels/base/thread_scheduling.h"
+
 namespace clusterkv::cache_service {
 namespace {
 
@@ -37,24 +39,6 @@ int PollOnce(int epoll, epoll_event* events, int max_events, int timeout_ms) {
       syscall(SYS_epoll_pwait, epoll, events, max_events, timeout_ms, nullptr, 8));
 }
 
-// As the kernel has it; the C library has no name for it.
-struct SchedulerAttributes {
-  uint32_t size, policy;
-  uint64_t flags;
-  int32_t nice;
-  uint32_t priority;
-  uint64_t runtime, deadline, period;
-};
-
-// For the calling thread. Kernels before 6.12, and those that refuse, leave things as they are.
-void AskForShortSlices() {
-  constexpr uint64_t kSliceNs = 100'000;  // the shortest that there is
-  SchedulerAttributes attributes = {};
-  if (syscall(SYS_sched_getattr, 0, &attributes, sizeof(attributes), 0) != 0) return;
-  attributes.runtime = kSliceNs;
-  syscall(SYS_sched_setattr, 0, &attributes, 0);
-}
-
 }  // namespace
 
 // Takes the C library's place for every library of the program.
@@ -64,7 +48,7 @@ extern "C" int epoll_wait(int epoll, epoll_event* events, int max_events, int ti
   static thread_local bool asked = false;
   if (!asked && clusterkv::cache_service::g_prompt.load(std::memory_order_relaxed)) {
     asked = true;
-    AskForShortSlices();
+    clusterkv::kernels::ScheduleThisThread({.short_slices = true});
   }
   const int64_t spin_ns = g_spin_ns.load(std::memory_order_relaxed);
   if (spin_ns == 0 || timeout_ms == 0 || g_scopes.load(std::memory_order_relaxed) == 0) {

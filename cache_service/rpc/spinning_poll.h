@@ -9,7 +9,8 @@
 // Where selects keep all CPUs busy the kernel lets each use up its slice, a millisecond or more,
 // before a poller that woke up gets in. Until then nobody knows whose calls have come, and turns
 // are given to those that are known. Prompt pollers ask for the shortest slices (Linux 6.12 and
-// later), so that they get in at once; for that they find fewer calls at a time.
+// later), so that they get in at once; for that they find fewer calls at a time. Select threads
+// then do their part (ShardOptions::selects_give_way).
 //
 // Thread-safe.
 #ifndef CLUSTERKV_CACHE_SERVICE_RPC_SPINNING_POLL_H_

@@ -1,9 +1,5 @@
 #include "kernels/base/thread_pool.h"
 
-#include <sys/resource.h>
-#include <sys/syscall.h>
-#include <unistd.h>
-
 #include <algorithm>
 #include <atomic>
 #include <cstring>
@@ -44,14 +40,15 @@ struct ForState {
 }  // namespace
 
 absl::StatusOr<std::unique_ptr<ThreadPool>> ThreadPool::Create(int threads, std::string_view name,
-                                                               int nice) {
+                                                               const ThreadScheduling& scheduling) {
   if (threads < 1 || threads > 1024) {
     return absl::InvalidArgumentError(absl::StrCat("threads: ", threads, ", expected 1 to 1024"));
   }
-  if (nice < 0 || nice > 19) {
-    return absl::InvalidArgumentError(absl::StrCat("nice: ", nice, ", expected 0 to 19"));
+  if (scheduling.nice < 0 || scheduling.nice > 19) {
+    return absl::InvalidArgumentError(
+        absl::StrCat("nice: ", scheduling.nice, ", expected 0 to 19"));
   }
-  std::unique_ptr<ThreadPool> pool(new ThreadPool(name, nice));
+  std::unique_ptr<ThreadPool> pool(new ThreadPool(name, scheduling));
   if (absl::Status status = pool->StartThreads(threads); !status.ok()) return status;
   return pool;
 }
@@ -95,8 +92,7 @@ ThreadPool::~ThreadPool() {
 void ThreadPool::Work(int index) {
   const std::string name = absl::StrCat(std::string(name_), "-", index).substr(0, 15);
   pthread_setname_np(pthread_self(), name.c_str());
-  // On Linux this is the thread's own priority; lowering it needs no privilege.
-  if (nice_ > 0) setpriority(PRIO_PROCESS, static_cast<id_t>(syscall(SYS_gettid)), nice_);
+  ScheduleThisThread(scheduling_);
   while (true) {
     std::function<void()> task;
     {

@@ -22,16 +22,17 @@
 #include "absl/functional/function_ref.h"
 #include "absl/status/statusor.h"
 #include "absl/synchronization/mutex.h"
+#include "kernels/base/thread_scheduling.h"
 
 namespace clusterkv::kernels {
 
 class ThreadPool {
  public:
   // Starts `threads` threads named `name`-0, `name`-1, … (cut to the 15 bytes that Linux shows),
-  // each with its priority lowered by `nice`. Errors: InvalidArgument unless 1 <= threads <= 1024
-  // and 0 <= nice <= 19; ResourceExhausted when the system gives no more threads.
-  static absl::StatusOr<std::unique_ptr<ThreadPool>> Create(int threads, std::string_view name,
-                                                            int nice = 0);
+  // each scheduled so. Errors: InvalidArgument unless 1 <= threads <= 1024 and 0 <= nice <= 19;
+  // ResourceExhausted when the system gives no more threads.
+  static absl::StatusOr<std::unique_ptr<ThreadPool>> Create(
+      int threads, std::string_view name, const ThreadScheduling& scheduling = {});
   // Runs all that was scheduled, also by tasks while it waits, then ends the threads. Never from a
   // task.
   ~ThreadPool();
@@ -54,7 +55,8 @@ class ThreadPool {
   void WaitIdle() const;
 
  private:
-  ThreadPool(std::string_view name, int nice) : name_(name), nice_(nice) {}
+  ThreadPool(std::string_view name, const ThreadScheduling& scheduling)
+      : name_(name), scheduling_(scheduling) {}
 
   absl::Status StartThreads(int threads);
   void Work(int index);
@@ -66,7 +68,7 @@ class ThreadPool {
   }
 
   const std::string name_;
-  const int nice_;
+  const ThreadScheduling scheduling_;
   mutable absl::Mutex mutex_;
   std::deque<std::function<void()>> queue_ ABSL_GUARDED_BY(mutex_);
   int running_ ABSL_GUARDED_BY(mutex_) = 0;

@@ -8,9 +8,10 @@ ladder, sent by both tenants, half each, whose p99 is within --p99_ms. Then, rou
 quiet one sends an eleventh of the knee: alone, beside as much of the loud one, and beside ten times
 as much. Prints the medians over the rounds, their spread, and what the server says of its stages.
 
-The server has --server_processors to itself and the generators have the others, the quiet tenant's
-with real-time priority where that is allowed: a generator that waits for its own processor measures
-itself. --server_processors=0: none is anybody's.
+The server has --server_processors to itself and the generators have the others. Where it is allowed
+the server has a raised priority, so that other programs of the machine do not get in, and the quiet
+tenant's generator a real-time one: a generator that waits for its own processor measures itself.
+--server_processors=0: none is anybody's.
 """
 
 import argparse
@@ -49,13 +50,17 @@ def processors(servers):
     return (there[:servers], there[servers:]) if apart else (None, None)
 
 
-def pinned(allowed, command, real_time=False):
-    """`command` on those processors alone; None: wherever it likes."""
+REAL_TIME = ["chrt", "-f", "10"]
+RAISED = ["nice", "-n", "-15"]
+
+
+def pinned(allowed, command, priority=()):
+    """`command` on those processors alone; None: wherever it likes. `priority`: where allowed."""
     if allowed is not None:
         command = ["taskset", "-c", ",".join(map(str, allowed)), *command]
-    if real_time and subprocess.run(["chrt", "-f", "10", "true"], stderr=subprocess.DEVNULL,
-                                    check=False).returncode == 0:
-        command = ["chrt", "-f", "10", *command]
+    if priority and not subprocess.run([*priority, "true"], capture_output=True,
+                                       check=False).stderr:
+        command = [*priority, *command]
     return command
 
 
@@ -101,8 +106,11 @@ class Bench:
     def __enter__(self):
         self.server_on, self.generators_on = processors(self.options.server_processors)
         self.server = subprocess.Popen(
-            pinned(self.server_on, [self.options.server, f"--config={self.folder}/server.conf"]),
+            pinned(self.server_on, [self.options.server, f"--config={self.folder}/server.conf"],
+                   RAISED),
             stdout=subprocess.DEVNULL)
+        if self.generators_on:
+            os.sched_setaffinity(0, self.generators_on)
         for tenant in TENANTS:
             query = subprocess.run(
                 [self.options.ckv, "seed", f"--server={self.address}", "--prefix=load",
@@ -146,7 +154,7 @@ class Bench:
                         "-c", "64", "--connections=4",
                         "--call=clusterkv.v1.CacheService/SelectClusters", "-B",
                         self.folder / f"{tenant}.bin", "-O", "json", self.address],
-                       real_time=tenant == "quiet"),
+                       REAL_TIME if tenant == "quiet" else ()),
                 stdout=subprocess.PIPE)
         result = {}
         for tenant, process in processes.items():

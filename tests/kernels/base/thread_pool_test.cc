@@ -2,6 +2,7 @@
 
 #include <gmock/gmock.h>
 #include <gtest/gtest.h>
+#include <sched.h>
 #include <sys/resource.h>
 #include <sys/syscall.h>
 #include <unistd.h>
@@ -18,14 +19,16 @@ namespace clusterkv::kernels {
 namespace {
 
 std::unique_ptr<ThreadPool> MakePool(int threads, int nice = 0) {
-  return ThreadPool::Create(threads, "test", nice).value();
+  return ThreadPool::Create(threads, "test", {.nice = nice}).value();
 }
 
 TEST(ThreadPoolTest, RefusesImpossibleSizesAndPriorities) {
   EXPECT_EQ(ThreadPool::Create(0, "test").status().code(), absl::StatusCode::kInvalidArgument);
   EXPECT_EQ(ThreadPool::Create(1025, "test").status().code(), absl::StatusCode::kInvalidArgument);
-  EXPECT_EQ(ThreadPool::Create(1, "test", -1).status().code(), absl::StatusCode::kInvalidArgument);
-  EXPECT_EQ(ThreadPool::Create(1, "test", 20).status().code(), absl::StatusCode::kInvalidArgument);
+  EXPECT_EQ(ThreadPool::Create(1, "test", {.nice = -1}).status().code(),
+            absl::StatusCode::kInvalidArgument);
+  EXPECT_EQ(ThreadPool::Create(1, "test", {.nice = 20}).status().code(),
+            absl::StatusCode::kInvalidArgument);
 }
 
 TEST(ThreadPoolTest, ForRunsEveryIndexOnceForAnyNumberOfThreads) {
@@ -138,6 +141,20 @@ TEST(ThreadPoolTest, ThreadsCarryTheirNameAndPriority) {
   pool->WaitIdle();
   EXPECT_STREQ(name, "test-0");
   EXPECT_GE(priority, 5);
+}
+
+TEST(ThreadPoolTest, BatchThreadsTakeNoCpuFromThoseThatRun) {
+  auto pool = ThreadPool::Create(1, "test", {.nice = 3, .short_slices = true, .batch = true});
+  ASSERT_TRUE(pool.ok()) << pool.status();
+  int policy = -1, priority = -1;
+  (*pool)->Schedule([&] {
+    policy = sched_getscheduler(0);
+    priority = getpriority(PRIO_PROCESS, static_cast<id_t>(syscall(SYS_gettid)));
+  });
+  (*pool)->WaitIdle();
+  EXPECT_EQ(policy, SCHED_BATCH);
+  EXPECT_GE(priority, 3);
+  EXPECT_EQ(sched_getscheduler(0), SCHED_OTHER);
 }
 
 }  // namespace
