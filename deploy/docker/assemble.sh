@@ -22,27 +22,52 @@ for program in "${programs[@]}"; do
   install -s -m 755 "$bin/$program" "$root/usr/bin/$program"
 done
 
-# What the loader would load, and the loader itself.
-libraries=$(for program in "${programs[@]}"; do ldd "$root/usr/bin/$program"; done |
-  grep -o '/[^ ]*\.so[^ ]*' | sort -u)
-# Looked up at start, where the server has CUDA.
+# What the loader would load for these programs and libraries, and the loader itself.
+loaded_by() {
+  local file of
+  for file; do
+    of=$(ldd "$file")
+    if grep 'not found' <<<"$of" >&2; then return 1; fi
+    grep -o '/[^ ]*\.so[^ ]*' <<<"$of" || true
+  done
+}
+files=$(loaded_by "${programs[@]/#/$root/usr/bin/}")
+# Looked up at start, where the server has CUDA: NCCL, and what that looks up for InfiniBand and
+# RoCE.
 if grep -q libnccl.so.2 "$root/usr/bin/clusterkv-server"; then
   nccl=$(ldconfig -p | sed -n 's/^\tlibnccl\.so\.2 .* => //p' | head -n 1)
   [ -n "$nccl" ] || { echo "assemble.sh: no libnccl.so.2 in this base" >&2; exit 1; }
-  libraries+=$'\n'$nccl
+  verbs=$(dpkg -L libibverbs1 ibverbs-providers | grep -E '^/usr/lib/.*\.so')
+  # shellcheck disable=SC2086
+  files+=$'\n'$nccl$'\n'$verbs$'\n'$(loaded_by "$nccl" $verbs)
+  cp -r /etc/libibverbs.d "$root/etc/"
+  # By it NVIDIA's container runtime knows in which folder the driver's libraries are looked for.
+  cp /etc/debian_version "$root/etc/"
 fi
-if for program in "${programs[@]}"; do ldd "$root/usr/bin/$program"; done | grep 'not found'; then
-  exit 1
-fi
-for library in $libraries; do
-  mkdir -p "$root$(dirname "$library")"
-  cp -L "$library" "$root$library"
-done
+
+copy_file() {  # with the links that lead to it
+  local file target
+  file=$(readlink -f "$(dirname "$1")")/$(basename "$1")
+  mkdir -p "$root$(dirname "$file")"
+  cp -P "$file" "$root$file"
+  [ -L "$file" ] || return 0
+  target=$(readlink "$file")
+  case $target in /*) ;; *) target=$(dirname "$file")/$target ;; esac
+  copy_file "$target"
+}
+# As in the base, where /lib is /usr/lib.
+mkdir -p "$root/usr/lib" "$root/usr/lib64"
+ln -s usr/lib usr/lib64 "$root/"
+for file in $files; do copy_file "$file"; done
+libraries=$(find "$root/usr/lib" "$root/usr/lib64" -type f | sed "s|^$root||" | sort)
+# NVIDIA's container runtime adds the driver's libraries to a cache that is there, and to no other.
+for library in $libraries; do dirname "$library"; done | grep -v '/libibverbs$' | sort -u \
+  >"$root/etc/ld.so.conf"
+ldconfig -r "$root"
 
 # Every library belongs to a package; merged /usr means that dpkg may know it by the other path.
 package_of() {
-  { dpkg -S "$1" || dpkg -S "$(readlink -f "$1")" || dpkg -S "/usr$1"; } 2>/dev/null |
-    head -n 1 | cut -d: -f1
+  { dpkg -S "$1" || dpkg -S "${1#/usr}"; } 2>/dev/null | head -n 1 | cut -d: -f1
 }
 packages=$(for library in $libraries; do
   package=$(package_of "$library")
