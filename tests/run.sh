@@ -1,8 +1,9 @@
 #!/usr/bin/env bash
 # Installs what is missing, builds, and runs every test that needs no GPU: first the release build
 # (or another preset) with all CUDA code compiled and linked, then the suite again under
-# AddressSanitizer with the fuzz targets (whose compiler, clang, checks the lock annotations too:
-# what the preset thread-safety does alone) and under ThreadSanitizer, and clang-tidy.
+# AddressSanitizer with the fuzz targets and with engines and servers on an emulated GPU (its
+# compiler, clang, checks the lock annotations too: what the preset thread-safety does alone) and
+# under ThreadSanitizer, and clang-tidy.
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 

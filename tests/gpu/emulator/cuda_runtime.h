@@ -110,8 +110,11 @@ template <typename T>
 cudaError_t cudaMalloc(T** p, size_t bytes) {
   *p = nullptr;
   if (const cudaError_t error = cuda_emulator::Look(); error != cudaSuccess) return error;
-  *p = static_cast<T*>(std::aligned_alloc(512, (bytes + 511) / 512 * 512 + 512));
-  return *p ? cudaSuccess : cudaErrorMemoryAllocation;
+  // Not a byte more, so that AddressSanitizer sees what lies behind.
+  void* memory = nullptr;
+  if (posix_memalign(&memory, 512, bytes) != 0) return cudaErrorMemoryAllocation;
+  *p = static_cast<T*>(memory);
+  return cudaSuccess;
 }
 inline cudaError_t cudaFree(void* p) {
   std::free(p);
@@ -225,9 +228,14 @@ unsigned char* SharedMemoryOf(int rank);
 void SyncThreads(CKV_EMULATOR_SITE);
 int SyncThreadsCount(bool vote, CKV_EMULATOR_SITE);
 void SyncCluster(CKV_EMULATOR_SITE);
-// All lanes of `mask` exchange `words` 32-bit words: out receives every lane's, [32][words].
-void Exchange(uint32_t mask, const uint32_t* words, int count, uint32_t (*out)[8],
-              CKV_EMULATOR_SITE);
+// All lanes of `mask` meet, each with `count` (at most 8) 32-bit words: returns those of every lane
+// that came, [32][8], until the thread's next meeting.
+const uint32_t (*Meet(uint32_t mask, const uint32_t* words, int count, CKV_EMULATOR_SITE))[8];
+// The same for the whole warp, into the caller's memory.
+inline void Exchange(uint32_t mask, const uint32_t* words, int count, uint32_t (*out)[8],
+                     CKV_EMULATOR_SITE) {
+  std::copy_n(&Meet(mask, words, count, CKV_EMULATOR_SAME_SITE)[0][0], 32 * 8, &out[0][0]);
+}
 // Lets others run until *word is no longer what it is.
 void WaitForChange(const uint64_t* word);
 cudaError_t Launch(dim3 grid, dim3 block, size_t shared_bytes, int cluster,
@@ -242,8 +250,7 @@ cudaError_t Launch(dim3 grid, dim3 block, size_t shared_bytes, int cluster,
 
 inline void __syncthreads(CKV_EMULATOR_SITE) { cuda_emulator::SyncThreads(CKV_EMULATOR_SAME_SITE); }
 inline void __syncwarp(unsigned mask = 0xffffffffu, CKV_EMULATOR_SITE) {
-  uint32_t out[32][8], word = 0;
-  cuda_emulator::Exchange(mask, &word, 1, out, CKV_EMULATOR_SAME_SITE);
+  cuda_emulator::Meet(mask, nullptr, 0, CKV_EMULATOR_SAME_SITE);
 }
 inline void __threadfence() {}
 inline void __threadfence_system() {}
@@ -251,11 +258,12 @@ inline void __threadfence_system() {}
 template <typename T>
 T EmulatorShuffle(unsigned mask, T value, int source, const char* file, int line) {
   static_assert(sizeof(T) % 4 == 0 && sizeof(T) <= 8);
-  uint32_t words[2], out[32][8];
+  uint32_t words[2];
   std::memcpy(words, &value, sizeof(T));
-  cuda_emulator::Exchange(mask, words, sizeof(T) / 4, out, CKV_EMULATOR_SAME_SITE);
+  const auto* all = cuda_emulator::Meet(mask, words, sizeof(T) / 4, file, line);
+  const int from = source & 31;
   T result;
-  std::memcpy(&result, out[source & 31], sizeof(T));
+  std::memcpy(&result, mask >> from & 1u ? all[from] : words, sizeof(T));
   return result;
 }
 template <typename T>
@@ -277,11 +285,11 @@ T __shfl_down_sync(unsigned mask, T value, int d, CKV_EMULATOR_SITE) {
   return EmulatorShuffle(mask, value, lane + d > 31 ? lane : lane + d, CKV_EMULATOR_SAME_SITE);
 }
 inline unsigned __ballot_sync(unsigned mask, bool predicate, CKV_EMULATOR_SITE) {
-  uint32_t out[32][8], word = predicate;
-  cuda_emulator::Exchange(mask, &word, 1, out, CKV_EMULATOR_SAME_SITE);
+  const uint32_t word = predicate;
+  const auto* all = cuda_emulator::Meet(mask, &word, 1, CKV_EMULATOR_SAME_SITE);
   unsigned ballot = 0;
   for (int i = 0; i < 32; ++i) {
-    if ((mask >> i & 1u) && out[i][0]) ballot |= 1u << i;
+    if ((mask >> i & 1u) && all[i][0]) ballot |= 1u << i;
   }
   return ballot;
 }
@@ -297,12 +305,12 @@ inline int __syncthreads_count(bool p, CKV_EMULATOR_SITE) {
 template <typename T>
 unsigned __match_any_sync(unsigned mask, T value, CKV_EMULATOR_SITE) {
   static_assert(sizeof(T) == 4);
-  uint32_t out[32][8], word;
+  uint32_t word;
   std::memcpy(&word, &value, 4);
-  cuda_emulator::Exchange(mask, &word, 1, out, CKV_EMULATOR_SAME_SITE);
+  const auto* all = cuda_emulator::Meet(mask, &word, 1, CKV_EMULATOR_SAME_SITE);
   unsigned same = 0;
   for (int i = 0; i < 32; ++i) {
-    if ((mask >> i & 1u) && out[i][0] == word) same |= 1u << i;
+    if ((mask >> i & 1u) && all[i][0] == word) same |= 1u << i;
   }
   return same;
 }

@@ -7,6 +7,9 @@
 #include <vector>
 
 #include "cuda_runtime.h"
+#ifdef CLUSTERKV_SANITIZED
+#include <sanitizer/common_interface_defs.h>
+#endif
 
 namespace cuda_emulator {
 
@@ -30,19 +33,32 @@ struct Barrier {
   int line = 0;
 };
 
+struct Stack {
+  void* pointer = nullptr;
+  const void* bottom = nullptr;
+  size_t bytes = 0;
+  void* fake = nullptr;  // what AddressSanitizer keeps of it
+};
+
 struct Fiber {
   Thread thread;
-  void* stack_pointer = nullptr;
-  unsigned char* stack = nullptr;
+  Stack stack;
   bool done = false;
   // While not null: not runnable until *waits_for differs from waits_while.
   const uint64_t* waits_for = nullptr;
   uint64_t waits_while = 0;
 };
 
+// Where the lanes of a mask meet, each with its words: those of a meeting stay while the next one's
+// come, for when that is complete everybody has left the one before.
+struct Meeting {
+  Barrier barrier;
+  uint32_t slots[2][32][8];
+};
+
 struct Warp {
-  std::map<uint32_t, Barrier> barriers;  // by mask
-  uint32_t slots[32][8];
+  Meeting whole;
+  std::map<uint32_t, Meeting> parts;  // by mask
 };
 
 struct Block {
@@ -57,9 +73,12 @@ std::vector<Block> blocks;
 Barrier cluster_barrier;
 int cluster_live = 0;
 std::vector<Fiber> fibers;
-std::vector<unsigned char*> stacks;
+struct Free {
+  void operator()(void* p) const { std::free(p); }
+};
+std::vector<std::unique_ptr<unsigned char, Free>> stacks;
 Fiber* running = nullptr;
-void* scheduler_stack_pointer = nullptr;
+Stack scheduler;
 const std::function<void()>* kernel = nullptr;
 uint64_t launches = 0;
 
@@ -88,12 +107,24 @@ ckv_emulator_switch:
   ret
 )");
 
-void Yield() {
-  Fiber* self = running;
-  ckv_emulator_switch(&self->stack_pointer, scheduler_stack_pointer);
+// Goes on where the other stack was left, and comes back when this one is switched to. No local
+// variable here may need AddressSanitizer: a thread's last switch never returns.
+void Switch(Stack& from, const Stack& to) {
+#ifdef CLUSTERKV_SANITIZED
+  __sanitizer_start_switch_fiber(&from.fake, to.bottom, to.bytes);
+#endif
+  ckv_emulator_switch(&from.pointer, to.pointer);
+#ifdef CLUSTERKV_SANITIZED
+  __sanitizer_finish_switch_fiber(from.fake, nullptr, nullptr);
+#endif
 }
 
+void Yield() { Switch(running->stack, scheduler); }
+
 void FiberMain() {
+#ifdef CLUSTERKV_SANITIZED
+  __sanitizer_finish_switch_fiber(nullptr, &scheduler.bottom, &scheduler.bytes);
+#endif
   (*kernel)();
   running->done = true;
   Block& block = blocks[running->thread.block_in_cluster];
@@ -113,7 +144,8 @@ void CheckSite(Barrier& barrier, const char* file, int line) {
   if (barrier.arrived == 0) {
     barrier.file = file;
     barrier.line = line;
-  } else if (barrier.line != line || std::strcmp(barrier.file, file) != 0) {
+  } else if (barrier.line != line ||
+             (barrier.file != file && std::strcmp(barrier.file, file) != 0)) {
     const dim3& at = current->thread_idx;
     std::fprintf(stderr, "cuda emulator: thread (%u, %u, %u) at %s:%d, others at %s:%d\n", at.x,
                  at.y, at.z, file, line, barrier.file, barrier.line);
@@ -135,14 +167,14 @@ void Wait(Barrier& barrier, int expected, const char* file, int line) {
 
 void Prepare(Fiber& fiber, size_t index) {
   if (stacks.size() <= index) {
-    stacks.push_back(static_cast<unsigned char*>(std::aligned_alloc(4096, kStackBytes)));
+    stacks.emplace_back(static_cast<unsigned char*>(std::aligned_alloc(4096, kStackBytes)));
   }
-  fiber.stack = stacks[index];
-  void** top = reinterpret_cast<void**>(fiber.stack + kStackBytes - 64);
+  unsigned char* stack = stacks[index].get();
+  void** top = reinterpret_cast<void**>(stack + kStackBytes - 64);
   *--top = nullptr;  // keeps the stack aligned as after a call
   *--top = reinterpret_cast<void*>(&FiberMain);
   for (int i = 0; i < 6; ++i) *--top = nullptr;
-  fiber.stack_pointer = top;
+  fiber.stack = {.pointer = top, .bottom = stack, .bytes = kStackBytes};
 }
 
 unsigned char* SharedOf(Block& block) {
@@ -197,7 +229,7 @@ void RunCluster(dim3 grid, dim3 block, size_t shared_bytes, int first_block, int
       progress = true;
       running = &fiber;
       current = &fiber.thread;
-      ckv_emulator_switch(&scheduler_stack_pointer, fiber.stack_pointer);
+      Switch(scheduler, fiber.stack);
     }
     if (!progress) {
       std::fprintf(stderr, "cuda emulator: deadlock, block %d\n", first_block);
@@ -230,21 +262,19 @@ int SyncThreadsCount(bool vote, const char* file, int line) {
 
 void SyncCluster(const char* file, int line) { Wait(cluster_barrier, cluster_live, file, line); }
 
-void Exchange(uint32_t mask, const uint32_t* words, int count, uint32_t (*out)[8], const char* file,
-              int line) {
+const uint32_t (*Meet(uint32_t mask, const uint32_t* words, int count, const char* file,
+                      int line))[8] {
   Warp& warp = blocks[current->block_in_cluster].warps[current->warp];
   const int lane = current->lane;
-  const int expected = __builtin_popcount(mask);
   if (!(mask >> lane & 1u)) {
     std::fprintf(stderr, "cuda emulator: lane %d is not in mask %08x\n", lane, mask);
     std::abort();
   }
-  std::memcpy(warp.slots[lane], words, sizeof(uint32_t) * count);
-  Wait(warp.barriers[mask], expected, file, line);
-  for (int i = 0; i < 32; ++i) {
-    std::memcpy(out[i], warp.slots[mask >> i & 1u ? i : lane], sizeof(uint32_t) * count);
-  }
-  Wait(warp.barriers[mask], expected, file, line);
+  Meeting& meeting = mask == 0xffffffffu ? warp.whole : warp.parts[mask];
+  auto* const slots = meeting.slots[meeting.barrier.generation % 2];
+  std::copy_n(words, count, slots[lane]);
+  Wait(meeting.barrier, __builtin_popcount(mask), file, line);
+  return slots;
 }
 
 void WaitForChange(const uint64_t* word) {
