@@ -457,6 +457,16 @@ __device__ __forceinline__ void CopyAsync16(void* shared, const void* global) {
   asm volatile("cp.async.cg.shared.global [%0], [%1], 16;\n" ::"r"(to), "l"(global) : "memory");
 #endif
 }
+// The same where what lies beside it in its line of 128 bytes will be read too.
+__device__ __forceinline__ void CopyAsync16OfLine(void* shared, const void* global) {
+#ifdef CLUSTERKV_CUDA_EMULATOR
+  CopyAsync16(shared, global);
+#else
+  const uint32_t to = static_cast<uint32_t>(__cvta_generic_to_shared(shared));
+  asm volatile("cp.async.cg.shared.global.L2::128B [%0], [%1], 16;\n" ::"r"(to), "l"(global)
+               : "memory");
+#endif
+}
 __device__ __forceinline__ void CopyAsyncCommit() {
 #ifndef CLUSTERKV_CUDA_EMULATOR
   asm volatile("cp.async.commit_group;\n" ::: "memory");
@@ -467,6 +477,28 @@ __device__ __forceinline__ void CopyAsyncWait() {
 #ifndef CLUSTERKV_CUDA_EMULATOR
   asm volatile("cp.async.wait_group %0;\n" ::"n"(kPending) : "memory");
 #endif
+}
+
+// The same for a number that is known when it runs, up to 7.
+__device__ __forceinline__ void CopyAsyncWaitAtMost(int pending) {
+  switch (pending) {
+    case 7:
+      return CopyAsyncWait<7>();
+    case 6:
+      return CopyAsyncWait<6>();
+    case 5:
+      return CopyAsyncWait<5>();
+    case 4:
+      return CopyAsyncWait<4>();
+    case 3:
+      return CopyAsyncWait<3>();
+    case 2:
+      return CopyAsyncWait<2>();
+    case 1:
+      return CopyAsyncWait<1>();
+    default:
+      return CopyAsyncWait<0>();
+  }
 }
 
 // ---- warp and block collectives
@@ -483,6 +515,16 @@ __device__ __forceinline__ float WarpMax(float x) {
     x = fmaxf(x, __shfl_xor_sync(kFullMask, x, offset));
   }
   return x;
+}
+__device__ __forceinline__ uint32_t WarpMaxUnsigned(uint32_t x) {
+#ifdef CLUSTERKV_CUDA_EMULATOR
+  for (int offset = 16; offset > 0; offset /= 2) {
+    x = std::max(x, __shfl_xor_sync(kFullMask, x, offset));
+  }
+  return x;
+#else
+  return __reduce_max_sync(kFullMask, x);
+#endif
 }
 __device__ __forceinline__ double WarpSumDouble(double x) {
 #pragma unroll

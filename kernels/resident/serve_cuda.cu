@@ -294,7 +294,8 @@ bool MakeServePlan(const ServeParams& p, ServePlan* plan) {
     return false;
   }
   constexpr int64_t kOwnBytes = (sizeof(Own) + 15) / 16 * 16;
-  if (!MakeAnswerPlan(p.select, blocks, ReadLimits().shared_bytes - kOwnBytes, &plan->answer)) {
+  if (!MakeAnswerPlan(p.select, blocks, kThreads, ReadLimits().shared_bytes - kOwnBytes,
+                      &plan->answer)) {
     return false;
   }
   plan->params = p;

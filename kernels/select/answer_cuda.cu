@@ -45,14 +45,15 @@ bool LaunchAnswer(const SelectCudaParams& params, const SelectCudaPair* pairs, i
                   const SelectCudaOutput& output, cudaStream_t stream, cudaError_t* error) {
   AnswerPlan plan;
   const DeviceLimits limits = ReadLimits();
-  if (params.general || !MakeAnswerPlan(params, 1, limits.shared_bytes, &plan)) return false;
+  if (params.general || !MakeAnswerPlan(params, 1, kThreads, limits.shared_bytes, &plan))
+    return false;
   const int blocks =
       params.blocks_per_pair > 0 ? params.blocks_per_pair : ChooseBlocks(limits, pair_count);
   constexpr int64_t kReserved = 1024;  // of each block, by the system
   const int64_t half = (limits.shared_bytes + kReserved) / 2 - kReserved;
-  const bool small =
-      pair_count > limits.multiprocessors && MakeAnswerPlan(params, blocks, half, &plan);
-  if (!small && !MakeAnswerPlan(params, blocks, limits.shared_bytes, &plan)) return false;
+  const bool small = pair_count > limits.multiprocessors &&
+                     MakeAnswerPlan(params, blocks, kSmallThreads, half, &plan);
+  if (!small && !MakeAnswerPlan(params, blocks, kThreads, limits.shared_bytes, &plan)) return false;
   *error =
       cuda::Launch(small ? AnswerKernel<kSmallThreads> : AnswerKernel<kThreads>,
                    dim3(static_cast<unsigned>(pair_count * blocks)),

@@ -83,23 +83,39 @@ __device__ __forceinline__ const unsigned char* PairAnswer<kThreads>::CentroidOf
   const DeviceIndexPart& part = PartOf(cluster);
   return Element(part.centroids, part.clusters, cluster - part.first_cluster);
 }
-// Rows r and r + 8 for lanes 4 r .., of what CentroidOfTile gave.
 template <int kThreads>
-__device__ __forceinline__ void PairAnswer<kThreads>::LocateCentroids(const unsigned char* mine) {
-#pragma unroll
-  for (int i = 0; i < 2; ++i) centroid_[i] = ShuffleAddress(mine, lane_ / 4 + 8 * i);
+__device__ __forceinline__ unsigned char* PairAnswer<kThreads>::CentroidRing(int turn) const {
+  return Array<unsigned char>(plan_.centroids) +
+         (warp_ * plan_.centroid_stages + turn) * kAnswerSliceBytes;
 }
+
+// The warp's next slice of centroids on its way to place `turn` of the ring, 16 rows of
+// kAnswerSliceRow bytes; none behind the last tile. One group of copies. The halves of every other
+// row change places: so lanes that read two rows at once find them in different banks.
 template <int kThreads>
-template <int kHalf>
-__device__ __forceinline__ void PairAnswer<kThreads>::FetchCentroids() {
+__device__ __forceinline__ void PairAnswer<kThreads>::FetchCentroids(int turn) {
+  constexpr int kCopies = kAnswerTile / 4;
+  if (tile_ < tile_end_) {
+    const int row = lane_ / 8, chunk = lane_ % 8;
+    if (slice_ == 0) {
+      const unsigned char* mine = CentroidOfTile(tile_);
 #pragma unroll
-  for (int j = 0; j < 4; ++j) {
-    const int channel = 64 * kHalf + 16 * j + 4 * (lane_ % 4);
+      for (int k = 0; k < kCopies; ++k) {
+        centroid_[k] = ShuffleAddress(mine, row + 4 * k) + 16 * chunk;
+      }
+    }
+    unsigned char* to = CentroidRing(turn) + row * kAnswerSliceRow + 16 * (chunk ^ row % 2 * 4);
 #pragma unroll
-    for (int i = 0; i < 2; ++i) {
-      rows_[kHalf][j][i] = *reinterpret_cast<const float4*>(centroid_[i] + 4 * channel);
+    for (int k = 0; k < kCopies; ++k) {
+      CopyAsync16OfLine(to + 4 * k * kAnswerSliceRow, centroid_[k]);
+      centroid_[k] += kAnswerSliceRow;
+    }
+    if (++slice_ == kAnswerSlices) {
+      slice_ = 0;
+      tile_ += kWarps;
     }
   }
+  CopyAsyncCommit();
 }
 
 template <int kThreads>
@@ -123,15 +139,11 @@ __device__ __forceinline__ void PairAnswer<kThreads>::Begin(const SelectCudaPair
   // asked for before one is used.
   const int channel = thread_ % kAnswerDim;
   const float* channels = parts_[0].channels.template As<float>(kv_head_);
-  const unsigned char* centroid = tile_ < tile_end_ ? CentroidOfTile(tile_) : nullptr;
   weight_ = channels[channel];
   balance_ = channels[kAnswerDim + channel];
   const float value_balance = channels[2 * kAnswerDim + channel];
-  if (tile_ < tile_end_) {
-    LocateCentroids(centroid);
-    FetchCentroids<0>();
-    FetchCentroids<1>();
-  }
+#pragma unroll 1
+  for (int turn = 0; turn < plan_.centroid_stages; ++turn) FetchCentroids(turn);
   LoadSizes();
   if (plan_.refine) {
     PrefetchPages();
@@ -177,6 +189,10 @@ __device__ __forceinline__ void PairAnswer<kThreads>::PrepareQueries(const float
   __syncthreads();
 }
 
+__device__ __forceinline__ float HeadOf(float4 x, int head) {
+  return head == 0 ? x.x : head == 1 ? x.y : head == 2 ? x.z : x.w;
+}
+
 // -126 <= exponent <= 127.
 __device__ __forceinline__ float PowerOfTwo(int exponent) {
   return __uint_as_float(static_cast<uint32_t>(exponent + 127) << 23);
@@ -188,13 +204,12 @@ template <int kThreads>
 __device__ __forceinline__ void PairAnswer<kThreads>::PrepareCodeQueries() {
   const int head = warp_;
   if (!plan_.refine || head >= kAnswerHeads) return;
-  float largest = 0;
+  float largest = 0, sums[kAnswerGroups];
 #pragma unroll
   for (int g = 0; g < kAnswerGroups; ++g) {
     const float x = s_.balanced[head][g * kWarp + lane_];
     largest = fmaxf(largest, fabsf(x));
-    const float sum = WarpSum(x);
-    if (lane_ == 0) s_.query_sums[g][head] = sum;
+    sums[g] = WarpSum(x);
   }
   largest = WarpMax(largest);
   // Powers stay normal; infinite queries give no numbers, as they should.
@@ -214,6 +229,16 @@ __device__ __forceinline__ void PairAnswer<kThreads>::PrepareCodeQueries() {
   SplitHalves(x[2], x[3], &high.y, &low.y);
   s_.code_query[block][4 * head + t] = high;
   s_.code_query[block][4 * (head + 4) + t] = low;
+  // Scales' factors, then lows', over kSumUnit: sums of 32 numbers below 2^12.
+  const int g = lane_ % 2 * 2;
+  const float two[2] = {g == 0 ? sums[0] : sums[2], g == 0 ? sums[1] : sums[3]};
+  const float factor = (lane_ < 2 ? -1.0f : 0.25f) * inverse / kSumUnit;
+  uint32_t sum_high, sum_low;
+  SplitHalves(two[0] * factor, two[1] * factor, &sum_high, &sum_low);
+  if (lane_ < 4) {
+    s_.sum_query[4 * head + lane_] = sum_high;
+    s_.sum_query[4 * (head + 4) + lane_] = sum_low;
+  }
 }
 
 // ---- phase 1: centroids
@@ -244,39 +269,56 @@ __device__ __forceinline__ void PairAnswer<kThreads>::Publish(float4* rows, int 
   for (int k = first; k < plan_.blocks; k += 2) StoreToBlock(rows + row, k, logits);
 }
 
+// Adds the products of a tile's slice with the query to sums: several chains, for sums of many
+// products lose bits.
 template <int kThreads>
-template <int kHalf>
-__device__ __forceinline__ void PairAnswer<kThreads>::MultiplyCentroids(float (&sums)[4][4]) {
+__device__ __forceinline__ void PairAnswer<kThreads>::MultiplySlice(int slice, int turn,
+                                                                    float (&sums)[4][4]) {
+  const int r = lane_ / 4, t = lane_ % 4;
+  const unsigned char* rows = CentroidRing(turn) + r * kAnswerSliceRow + 16 * t;
+  float4 x[2][2];
 #pragma unroll
-  for (int j = 0; j < 4; ++j) {
-    const float4 x0 = rows_[kHalf][j][0], x1 = rows_[kHalf][j][1];
+  for (int j = 0; j < 2; ++j) {
+#pragma unroll
+    for (int i = 0; i < 2; ++i) {
+      x[j][i] = *reinterpret_cast<const float4*>(rows + 8 * i * kAnswerSliceRow + 64 * (j ^ r % 2));
+    }
+  }
+  __syncwarp();
+  FetchCentroids(turn);
+#pragma unroll
+  for (int j = 0; j < 2; ++j) {
+    const float4 x0 = x[j][0], x1 = x[j][1];
     const float of[2][4] = {{x0.x, x1.x, x0.y, x1.y}, {x0.z, x1.z, x0.w, x1.w}};
 #pragma unroll
     for (int e = 0; e < 2; ++e) {
-      const uint2 q = s_.centroid_query[(4 * kHalf + j) * 2 + e][lane_];
+      const uint2 q = s_.centroid_query[4 * slice + 2 * j + e][lane_];
       uint32_t high[4], low[4];
 #pragma unroll
       for (int i = 0; i < 4; ++i) {
         high[i] = __float_as_uint(of[e][i]) & 0xffffe000u;
         low[i] = __float_as_uint(of[e][i] - __uint_as_float(high[i]));
       }
-      MmaTf32(sums[j], high, q.x, q.y);
-      MmaTf32(sums[j], low, q.x, q.y);
+      MmaTf32(sums[2 * j + e], high, q.x, q.y);
+      MmaTf32(sums[2 * j + e], low, q.x, q.y);
     }
   }
 }
 
 template <int kThreads>
 __device__ __forceinline__ void PairAnswer<kThreads>::ScoreCentroids() {
+  int begin, end, turn = 0;
+  Share(clusters_, &begin, &end);
 #pragma unroll 1
-  for (int tile = tile_; tile < tile_end_; tile += kWarps) {
-    const bool more = tile + kWarps < tile_end_;
-    if (more) LocateCentroids(CentroidOfTile(tile + kWarps));
-    float sums[4][4] = {};  // several chains: sums of many products lose bits
-    MultiplyCentroids<0>(sums);
-    if (more) FetchCentroids<0>();
-    MultiplyCentroids<1>(sums);
-    if (more) FetchCentroids<1>();
+  for (int tile = begin + warp_; tile < end; tile += kWarps) {
+    float sums[4][4] = {};
+#pragma unroll 1
+    for (int slice = 0; slice < kAnswerSlices; ++slice) {
+      CopyAsyncWaitAtMost(plan_.centroid_stages - 1);
+      __syncwarp();
+      MultiplySlice(slice, turn, sums);
+      turn = turn + 1 == plan_.centroid_stages ? 0 : turn + 1;
+    }
     float sum[4];
 #pragma unroll
     for (int i = 0; i < 4; ++i) sum[i] = (sums[0][i] + sums[1][i]) + (sums[2][i] + sums[3][i]);
@@ -765,39 +807,88 @@ __device__ __forceinline__ const unsigned char* PairAnswer<kThreads>::CodesOfTil
   return CodesOf(min(tile * kAnswerTile + lane_ % kAnswerTile, token_count_ - 1));
 }
 
-// Key codes of the tile's tokens r and r + 8 into codes_; value codes on their way to shared
-// memory, as tile `local` of the block.
+// Place `turn` of the warp's ring: a tile's codes of one side, 48 bytes a token: scales and lows,
+// bits.
 template <int kThreads>
-__device__ __forceinline__ void PairAnswer<kThreads>::FetchCodes(int tile, int local) {
-  const unsigned char* mine = CodesOfTile(tile);
+__device__ __forceinline__ unsigned char* PairAnswer<kThreads>::CodeRing(int turn) const {
+  return Array<unsigned char>(plan_.codes) +
+         (warp_ * plan_.code_stages + turn) * kAnswerTile * kAnswerSideBytes;
+}
+
+// Key or value codes of a tile on their way to place `turn` of the ring; none behind `end`. One
+// group of copies.
+template <int kThreads>
+template <bool kValues>
+__device__ __forceinline__ void PairAnswer<kThreads>::FetchCodes(int tile, int end, int turn) {
+  if (tile < end) {
+    const unsigned char* mine = CodesOfTile(tile);
+    unsigned char* to = CodeRing(turn);
+    constexpr int kMeta = kValues ? 16 : 0, kBits = kValues ? 64 : 32;
 #pragma unroll
-  for (int i = 0; i < 2; ++i) {
-    const uint4* row = reinterpret_cast<const uint4*>(ShuffleAddress(mine, lane_ / 4 + 8 * i));
-    codes_[i][0] = row[0];
-    codes_[i][1] = row[2];
-    codes_[i][2] = row[3];
-  }
-  if (local >= plan_.staged_tiles) return;
-  unsigned char* to = Array<unsigned char>(plan_.values) + local * kAnswerTile * kAnswerValueBytes;
-#pragma unroll
-  for (int k = 0; k < 2; ++k) {
-    // Pieces of 16 bytes: scales and lows, bits, bits.
-    const int piece = lane_ + k * kWarp, token = piece / 3, part = piece % 3;
-    const unsigned char* from = ShuffleAddress(mine, token % kAnswerTile);
-    if (token < kAnswerTile) {
-      CopyAsync16(to + piece * 16, from + (part == 0 ? 16 : 48 + 16 * part));
+    for (int k = 0; k < 2; ++k) {
+      const int piece = lane_ + k * kWarp, token = piece / 3, part = piece % 3;
+      const unsigned char* from = ShuffleAddress(mine, token % kAnswerTile);
+      if (token < kAnswerTile) {
+        CopyAsync16OfLine(to + piece * 16, from + (part == 0 ? kMeta : kBits - 16 + 16 * part));
+      }
     }
+  }
+  CopyAsyncCommit();
+}
+// Of the warp's first tiles as many as the ring has places for.
+template <int kThreads>
+template <bool kValues>
+__device__ __forceinline__ void PairAnswer<kThreads>::FillRing() {
+  int begin, end;
+  Share(token_count_, &begin, &end);
+#pragma unroll 1
+  for (int turn = 0; turn < plan_.code_stages; ++turn) {
+    FetchCodes<kValues>(begin + warp_ + turn * kWarps, end, turn);
+  }
+}
+// Calls use(tile, rows, done) for each of the warp's tiles, `rows` its place in the ring; use calls
+// done() when it has read them, so that the place takes another tile meanwhile. After FillRing.
+template <int kThreads>
+template <bool kValues, typename Use>
+__device__ __forceinline__ void PairAnswer<kThreads>::ForTiles(const Use& use) {
+  int begin, end, turn = 0;
+  Share(token_count_, &begin, &end);
+#pragma unroll 1
+  for (int tile = begin + warp_; tile < end; tile += kWarps) {
+    CopyAsyncWaitAtMost(plan_.code_stages - 1);
+    __syncwarp();
+    use(tile, CodeRing(turn), [&] {
+      __syncwarp();
+      FetchCodes<kValues>(tile + plan_.code_stages * kWarps, end, turn);
+    });
+    turn = turn + 1 == plan_.code_stages ? 0 : turn + 1;
   }
 }
 
 // Logits of a tile's tokens: codes [16 tokens × 16 channels] times the query [16 channels × 4
-// heads' high and low halves], and their clusters' logits.
+// heads' high and low halves], scales and lows [16 tokens × 8] times the query's sums, and their
+// clusters' logits.
 template <int kThreads>
-__device__ __forceinline__ void PairAnswer<kThreads>::ScoreTile(int tile,
-                                                                const uint4 (&codes)[2][3]) {
+template <typename Done>
+__device__ __forceinline__ void PairAnswer<kThreads>::ScoreTile(int tile, const unsigned char* rows,
+                                                                const Done& done) {
   const int r = lane_ / 4, t = lane_ % 4;
+  uint2 scales[2];
+  uint4 bits[2][2];
+  uint32_t meta[4] = {0, 0, 0, 0};
+#pragma unroll
+  for (int i = 0; i < 2; ++i) {
+    const unsigned char* row = rows + (r + 8 * i) * kAnswerSideBytes;
+    scales[i] = *reinterpret_cast<const uint2*>(row);
+    meta[i] = reinterpret_cast<const uint32_t*>(row)[t];
+    bits[i][0] = reinterpret_cast<const uint4*>(row)[1];
+    bits[i][1] = reinterpret_cast<const uint4*>(row)[2];
+  }
+  done();
   float logit[4] = {0, 0, 0, 0};
-  const float unit[2] = {4.0f * s_.query_unit[2 * t % 4], 4.0f * s_.query_unit[2 * t % 4 + 1]};
+  MmaHalf(logit, meta, s_.sum_query[lane_], 0);
+#pragma unroll
+  for (int i = 0; i < 4; ++i) logit[i] *= kSumUnit;
 #pragma unroll
   for (int g = 0; g < kAnswerGroups; ++g) {
     float sum[4] = {0, 0, 0, 0};
@@ -807,23 +898,19 @@ __device__ __forceinline__ void PairAnswer<kThreads>::ScoreTile(int tile,
       uint32_t operand[4];
 #pragma unroll
       for (int i = 0; i < 2; ++i) {
-        const uint32_t word = WordOfFour(codes[i][1 + block / 4], block % 4);
+        const uint32_t word = WordOfFour(bits[i][block / 4], block % 4);
         operand[i] = CodesOverFour(word, 8 - 4 * t);
         operand[2 + i] = CodesOverFour(word, 6 - 4 * t);
       }
       MmaHalf(sum, operand, q.x, q.y);
     }
 #pragma unroll
-    for (int i = 0; i < 2; ++i) {
-      const float scale = HalfOfWords(codes[i][0].x, codes[i][0].y, g);
-      const float low = HalfOfWords(codes[i][0].z, codes[i][0].w, g) - 4.0f * scale;
-#pragma unroll
-      for (int j = 0; j < 2; ++j) {
-        const float query_sum = t < 2 ? s_.query_sums[g][2 * t % 4 + j] : 0.0f;
-        logit[2 * i + j] += scale * (sum[2 * i + j] * unit[j]) + low * query_sum;
-      }
+    for (int i = 0; i < 4; ++i) {
+      logit[i] += HalfOfWords(scales[i / 2].x, scales[i / 2].y, g) * sum[i];
     }
   }
+#pragma unroll
+  for (int i = 0; i < 4; ++i) logit[i] *= 4.0f * s_.query_unit[2 * t % 4 + i % 2];
   const float4 residual = TileRow(logit);
   const int token = tile * kAnswerTile + r + t % 2 * 8;
   if (token < token_count_) {
@@ -832,88 +919,56 @@ __device__ __forceinline__ void PairAnswer<kThreads>::ScoreTile(int tile,
   }
 }
 
-// Asks for what the block will read: value means, and codes beyond each warp's first tile. Codes
-// lie closer together than lines are long.
+// Asks for the value means that all blocks will read.
 template <int kThreads>
 __device__ __forceinline__ void PairAnswer<kThreads>::PrefetchMeans() {
-  int begin, end;
-  Share(token_count_, &begin, &end);
-#pragma unroll 1
-  for (int t = (begin + kWarps) * kAnswerTile + thread_; t < min(end * kAnswerTile, token_count_);
-       t += kThreads) {
-    PrefetchL2(CodesOf(t));
-  }
   const int step = plan_.blocks * kThreads, first = rank_ * kThreads + thread_;
+  const int listed = plan_.params.answer_scored ? listed_count_ : 0;
 #pragma unroll 1
-  for (int i = first; i < 4 * estimated_count_; i += step) {
-    PrefetchL2(ValueMean(Estimated()[i / 4]) + i % 4 * 128);
-  }
-  const int listed = plan_.refine && plan_.params.answer_scored ? listed_count_ : 0;
-#pragma unroll 1
-  for (int i = first; i < 4 * listed; i += step) {
-    PrefetchL2(ValueMean(Listed()[i / 4]) + i % 4 * 128);
+  for (int i = first; i < 4 * (estimated_count_ + listed); i += step) {
+    const int e = i / 4 - estimated_count_;
+    PrefetchL2(ValueMean(e < 0 ? Estimated()[i / 4] : Listed()[e]) + i % 4 * 128);
   }
 }
 
 // Ends with the barrier after which every block has all tokens' logits.
 template <int kThreads>
 __device__ __forceinline__ void PairAnswer<kThreads>::ScoreTokens() {
-  int begin, end;
-  Share(token_count_, &begin, &end);
-  int tile = begin + warp_;
-  if (tile < end) FetchCodes(tile, tile - begin);
-  PrefetchMeans();
-#pragma unroll 1
-  for (; tile < end; tile += kWarps) {
-    const uint4 codes[2][3] = {{codes_[0][0], codes_[0][1], codes_[0][2]},
-                               {codes_[1][0], codes_[1][1], codes_[1][2]}};
-    if (tile + kWarps < end) FetchCodes(tile + kWarps, tile + kWarps - begin);
-    ScoreTile(tile, codes);
-  }
-  CopyAsyncCommit();
+  FillRing<false>();
+  // A block alone with a pair has its tokens to ask for, and waits longer for the lists.
+  if (plan_.blocks > 1) PrefetchMeans();
+  ForTiles<false>(
+      [&](int tile, const unsigned char* rows, const auto& done) { ScoreTile(tile, rows, done); });
+  __syncwarp();
   ClusterArrive(plan_.blocks);
+  if (plan_.params.answer_scored) FillRing<true>();
   SumEstimated();
-  CopyAsyncWait<0>();
   ClusterWait(plan_.blocks);
 }
 
-// The estimated clusters' part of the state, relative to estimated_max_: eight clusters at a time.
+// Adds the value means of the `count` clusters of a list to the state, eight of a warp at a time.
+// weigh(first): the weight of cluster first + lane / 4 for head lane % 4, 0 behind the last.
 template <int kThreads>
-__device__ __forceinline__ void PairAnswer<kThreads>::SumEstimated() {
-  constexpr int kRows = 8;
-  const int head = lane_ % 4;
-  const float4 m = estimated_max_;
-  const float shift = ZeroIfNone(head == 0 ? m.x : head == 1 ? m.y : head == 2 ? m.z : m.w);
-#pragma unroll
-  for (int h = 0; h < kAnswerHeads; ++h) state_[h] = Filled4(0);
-  // Lane 4 i + h: cluster i, its row, and its weight for head h.
+template <typename Weigh>
+__device__ __forceinline__ void PairAnswer<kThreads>::AddMeans(const uint16_t* list, int count,
+                                                               const Weigh& weigh) {
+  constexpr int kRows = kWarp / 4;
   const int step = plan_.blocks * kWarps * kRows;
-  int mine = (rank_ * kWarps + warp_) * kRows + lane_ / 4;
-  int cluster = 0;
-  const unsigned char* row = nullptr;
-  const auto locate = [&] {
-    cluster = Estimated()[min(mine, estimated_count_ - 1)];
-    row = ValueMean(cluster);
+  const auto locate = [&](int first) {
+    return first < count ? ValueMean(list[min(first + lane_ / 4, count - 1)]) : nullptr;
   };
-  if (mine - lane_ / 4 < estimated_count_) locate();
+  int first = (warp_ * plan_.blocks + rank_) * kRows;
+  const unsigned char* row = locate(first);
 #pragma unroll 1
-  for (; mine - lane_ / 4 < estimated_count_; mine += step) {
+  for (; first < count; first += step) {
     float4 rows[kRows];
 #pragma unroll
     for (int i = 0; i < kRows; ++i) {
       rows[i] = reinterpret_cast<const float4*>(ShuffleAddress(row, 4 * i))[lane_];
     }
-    float weight = 0;
-    if (mine < estimated_count_ && head < plan_.params.group) {
-      const float logit = Array<float>(plan_.cluster_logits)[4 * cluster + head];
-      weight = Exp2(logit + Log2(static_cast<float>(Sizes()[cluster])) - shift);
-    }
+    const float weight = weigh(first);
     weights_ += weight;
-    if (mine + step - lane_ / 4 < estimated_count_) {
-      mine += step;
-      locate();
-      mine -= step;
-    }
+    row = locate(first + step);
 #pragma unroll
     for (int i = 0; i < kRows; ++i) {
 #pragma unroll
@@ -922,6 +977,22 @@ __device__ __forceinline__ void PairAnswer<kThreads>::SumEstimated() {
       }
     }
   }
+}
+
+// The estimated clusters' part of the state, relative to estimated_max_.
+template <int kThreads>
+__device__ __forceinline__ void PairAnswer<kThreads>::SumEstimated() {
+  const int head = lane_ % 4;
+  const float shift = ZeroIfNone(HeadOf(estimated_max_, head));
+#pragma unroll
+  for (int h = 0; h < kAnswerHeads; ++h) state_[h] = Filled4(0);
+  AddMeans(Estimated(), estimated_count_, [&](int first) {
+    const int i = first + lane_ / 4;
+    if (i >= estimated_count_ || head >= plan_.params.group) return 0.0f;
+    const int cluster = Estimated()[i];
+    const float logit = Array<float>(plan_.cluster_logits)[4 * cluster + head];
+    return Exp2(logit + Log2(static_cast<float>(Sizes()[cluster])) - shift);
+  });
 }
 
 // ---- phase 4: the exact zone
@@ -970,175 +1041,184 @@ __device__ __forceinline__ void PairAnswer<kThreads>::ChooseExact() {
 // ---- phase 5: the state
 // --------------------------------------------------------------------------
 
-__device__ __forceinline__ float HeadOf(float4 x, int head) {
-  return head == 0 ? x.x : head == 1 ? x.y : head == 2 ? x.z : x.w;
+// Makes weights of the tokens' logits, relative to state_max_; none of the exact zone's. Ends with
+// a barrier.
+template <int kThreads>
+__device__ __forceinline__ void PairAnswer<kThreads>::WeighTokens() {
+  const float4 shift = ZeroIfNone4(state_max_);
+  const int group = plan_.params.group;
+#pragma unroll 4
+  for (int i = thread_; i < token_count_; i += kThreads) {
+    const float4 weight = Exp2Of4(TokenLogits()[i], shift);
+    const bool coded = Exact()[i] == 0;
+    TokenLogits()[i] =
+        make_float4(coded ? weight.x : 0.0f, coded && group > 1 ? weight.y : 0.0f,
+                    coded && group > 2 ? weight.z : 0.0f, coded && group > 3 ? weight.w : 0.0f);
+  }
+  __syncthreads();
 }
 
 // The value means of touched clusters, each by the weights of its coded tokens.
 template <int kThreads>
 __device__ __forceinline__ void PairAnswer<kThreads>::SumTouched() {
-  const int head = lane_ % 4, step = plan_.blocks * kWarps;
-  const float shift = ZeroIfNone(HeadOf(state_max_, head));
-  const float* logits = Array<float>(plan_.token_logits);
-  const bool there = head < plan_.params.group;
-  int e = rank_ * kWarps + warp_;
-  float4 next = Filled4(0);
-  const auto fetch = [&](int entry) {
-    return reinterpret_cast<const float4*>(ValueMean(Listed()[entry]))[lane_];
-  };
-  if (e < listed_count_) next = fetch(e);
-#pragma unroll 1
-  for (; e < listed_count_; e += step) {
-    const float4 row = next;
-    if (e + step < listed_count_) next = fetch(e + step);
-    const int end = ListedStart()[e + 1];
+  const float* weights = Array<float>(plan_.token_logits);
+  AddMeans(Listed(), listed_count_, [&](int first) {
     float weight = 0;
+    const int entries = min(kWarp / 4, listed_count_ - first);
 #pragma unroll 1
-    for (int t = ListedStart()[e] + lane_ / 4; t < end; t += 8) {
-      if (there && !Exact()[t]) weight += Exp2(logits[4 * t + head] - shift);
-    }
-    weights_ += weight;
+    for (int i = 0; i < entries; ++i) {
+      const int last = ListedStart()[first + i + 1];
+      float sum = 0;
+#pragma unroll 1
+      for (int t = ListedStart()[first + i] + lane_ / 4; t < last; t += 8) {
+        sum += weights[4 * t + lane_ % 4];
+      }
 #pragma unroll
-    for (int offset = 4; offset < kWarp; offset *= 2) {
-      weight += __shfl_xor_sync(kFullMask, weight, offset);
+      for (int offset = 4; offset < kWarp; offset *= 2) {
+        sum += __shfl_xor_sync(kFullMask, sum, offset);
+      }
+      if (lane_ / 4 == i) weight = sum;
     }
-#pragma unroll
-    for (int h = 0; h < kAnswerHeads; ++h) {
-      AddScaled4(state_[h], __shfl_sync(kFullMask, weight, h), row);
-    }
-  }
+    return weight;
+  });
 }
 
-// The exponent that brings weight × scale of the warp's tokens under 2^14, so that it is a half.
+// What a warp sums of its tiles' value codes.
 template <int kThreads>
-__device__ __forceinline__ int PairAnswer<kThreads>::ValueExponent(int begin, int end) {
-  int largest = 0;
-#pragma unroll 1
-  for (int tile = begin + warp_; tile < end; tile += kWarps) {
-    const int local = tile - begin;
-    uint2 scales;
-    if (local < plan_.staged_tiles) {
-      scales = *reinterpret_cast<const uint2*>(Array<unsigned char>(plan_.values) +
-                                               (local * kAnswerTile + lane_ % kAnswerTile) *
-                                                   kAnswerValueBytes);
-    } else {
-      scales = *reinterpret_cast<const uint2*>(CodesOfTile(tile) + 16);
-    }
-    largest = max(largest, static_cast<int>(max(scales.x & 0xffffu, scales.x >> 16)));
-    largest = max(largest, static_cast<int>(max(scales.y & 0xffffu, scales.y >> 16)));
-  }
+struct PairAnswer<kThreads>::CodeSums {
+  float codes[8][4] = {};  // times 2^exponent(): weight × scale below 2^14 is a half
+  float meta[4] = {};      // times kWeightUnit
+  int field = 0;           // of the largest scale's exponent: of [2^(field - 15), 2^(field - 14))
+
+  __device__ __forceinline__ int exponent() const { return 27 - field; }
+  __device__ __forceinline__ void Raise(int of_tile) {
+    if (of_tile <= field) return;
+    const float factor = PowerOfTwo(field - of_tile);
 #pragma unroll
-  for (int offset = 8; offset > 0; offset /= 2) {
-    largest = max(largest, __shfl_xor_sync(kFullMask, largest, offset));
+    for (auto& block : codes) {
+#pragma unroll
+      for (float& sum : block) sum *= factor;
+    }
+    field = of_tile;
   }
-  // A half's field e stands for [2^(e - 15), 2^(e - 14)).
-  return 27 - (largest >> 10);
+};
+
+// The largest exponent's field among a tile's scales of values.
+template <int kThreads>
+__device__ __forceinline__ int PairAnswer<kThreads>::LargestScale(const unsigned char* rows) const {
+  const uint2 scales =
+      *reinterpret_cast<const uint2*>(rows + lane_ % kAnswerTile * kAnswerSideBytes);
+  const uint32_t largest =
+      max(max(scales.x & 0xffffu, scales.x >> 16), max(scales.y & 0xffffu, scales.y >> 16));
+  return static_cast<int>(WarpMaxUnsigned(largest) >> 10);
 }
 
 // Adds a tile's codes [16 channels × 16 tokens, per block of channels] times weight × scale [16
-// tokens × 4 heads' high and low halves] to sum, and weight × (low - 4 scale) of the lane's four
-// tokens, for head lane / 4 % 4, to lows.
+// tokens × 4 heads' high and low halves] to sums.codes, and its scales and lows [8 × 16 tokens]
+// times the weights to sums.meta.
 template <int kThreads>
-__device__ __forceinline__ void PairAnswer<kThreads>::AddTile(int tile, int local, float up,
-                                                              float (&sum)[8][4],
-                                                              float (&lows)[kAnswerGroups]) {
+template <typename Done>
+__device__ __forceinline__ void PairAnswer<kThreads>::AddTile(int tile, const unsigned char* rows,
+                                                              const Done& done, CodeSums& sums) {
   const int r = lane_ / 4, t = lane_ % 4, head = r % 4;
-  const float shift = ZeroIfNone(HeadOf(state_max_, head));
+  const int field = LargestScale(rows);
   float weight[4];
-  uint4 meta[4], bits[4][2];
-  const bool staged = local < plan_.staged_tiles;
-  const unsigned char* mine = staged ? nullptr : CodesOfTile(tile);
+  uint2 scales[4];
+  uint32_t own[4];  // half r of scales and lows
 #pragma unroll
   for (int i = 0; i < 4; ++i) {
     const int at = 2 * t + i % 2 + i / 2 * 8, token = tile * kAnswerTile + at;
-    weight[i] = token < token_count_ && head < plan_.params.group && !Exact()[token]
-                    ? Exp2(Array<float>(plan_.token_logits)[4 * token + head] - shift) * up
-                    : 0.0f;
-    if (staged) {
-      const uint4* row = reinterpret_cast<const uint4*>(
-          Array<unsigned char>(plan_.values) + (local * kAnswerTile + at) * kAnswerValueBytes);
-      meta[i] = row[0];
-      bits[i][0] = row[1];
-      bits[i][1] = row[2];
-    } else {
-      const uint4* row = reinterpret_cast<const uint4*>(ShuffleAddress(mine, at));
-      meta[i] = row[1];
-      bits[i][0] = row[4];
-      bits[i][1] = row[5];
-    }
+    weight[i] = token < token_count_ ? Array<float>(plan_.token_logits)[4 * token + head] : 0.0f;
+    const unsigned char* row = rows + at * kAnswerSideBytes;
+    scales[i] = *reinterpret_cast<const uint2*>(row);
+    own[i] = reinterpret_cast<const uint16_t*>(row)[r];
   }
+  // Column r: heads' high halves, then what these lack.
+  const float without = r < 4 ? 0.0f : -1.0f;
+  const auto operand_of = [without](float a, float b) {
+    const uint32_t high = PackHalves(a, b);
+    return PackHalves(a + without * HalfBitsToFloat(static_cast<uint16_t>(high)),
+                      b + without * HalfBitsToFloat(static_cast<uint16_t>(high >> 16)));
+  };
+  const uint32_t meta[4] = {own[0] | own[1] << 16, 0, own[2] | own[3] << 16, 0};
+  MmaHalf(sums.meta, meta, operand_of(weight[0] * kWeightUnit, weight[1] * kWeightUnit),
+          operand_of(weight[2] * kWeightUnit, weight[3] * kWeightUnit));
+  sums.Raise(field);
+  const float up = PowerOfTwo(sums.exponent());
 #pragma unroll
-  for (int g = 0; g < kAnswerGroups; ++g) {
-    float x[4];
+  for (int i = 0; i < 4; ++i) weight[i] *= up;
+#pragma unroll
+  for (int side = 0; side < 2; ++side) {  // 64 channels each
+    uint4 bits[4];
 #pragma unroll
     for (int i = 0; i < 4; ++i) {
-      const float scale = HalfOfWords(meta[i].x, meta[i].y, g);
-      const float low = HalfOfWords(meta[i].z, meta[i].w, g);
-      x[i] = weight[i] * scale;
-      lows[g] += weight[i] * low - 4.0f * x[i];
+      const int at = 2 * t + i % 2 + i / 2 * 8;
+      bits[i] = reinterpret_cast<const uint4*>(rows + at * kAnswerSideBytes)[1 + side];
     }
-    uint32_t high[2], rest[2];
-    SplitHalves(x[0], x[1], &high[0], &rest[0]);
-    SplitHalves(x[2], x[3], &high[1], &rest[1]);
-    const uint32_t b0 = r < 4 ? high[0] : rest[0], b1 = r < 4 ? high[1] : rest[1];
+    if (side == 1) done();
 #pragma unroll
-    for (int block = 2 * g; block < 2 * g + 2; ++block) {
-      uint32_t word[4], operand[4];
+    for (int g = 2 * side; g < 2 * side + 2; ++g) {
+      float x[4];
 #pragma unroll
-      for (int i = 0; i < 4; ++i) word[i] = WordOfFour(bits[i][block / 4], block % 4);
+      for (int i = 0; i < 4; ++i) x[i] = weight[i] * HalfOfWords(scales[i].x, scales[i].y, g);
+      const uint32_t b0 = operand_of(x[0], x[1]), b1 = operand_of(x[2], x[3]);
 #pragma unroll
-      for (int i = 0; i < 4; ++i) {  // channels r and r + 8 of tokens 2t .. and 2t + 8 ..
-        const uint32_t pair =
-            __byte_perm(word[i / 2 * 2], word[i / 2 * 2 + 1], i % 2 == 0 ? 0x5410 : 0x7632);
-        operand[i] = CodesOverFour(pair, 8 - 2 * r);
+      for (int block = 2 * g; block < 2 * g + 2; ++block) {
+        uint32_t word[4], operand[4];
+#pragma unroll
+        for (int i = 0; i < 4; ++i) word[i] = WordOfFour(bits[i], block % 4);
+#pragma unroll
+        for (int i = 0; i < 4; ++i) {  // channels r and r + 8 of tokens 2t .. and 2t + 8 ..
+          const uint32_t pair =
+              __byte_perm(word[i / 2 * 2], word[i / 2 * 2 + 1], i % 2 == 0 ? 0x5410 : 0x7632);
+          operand[i] = CodesOverFour(pair, 8 - 2 * r);
+        }
+        MmaHalf(sums.codes[block], operand, b0, b1);
       }
-      MmaHalf(sum[block], operand, b0, b1);
     }
   }
 }
 
 // Adds what AddTile summed to the warp's partial state.
 template <int kThreads>
-__device__ __forceinline__ void PairAnswer<kThreads>::AddCodes(const float (&sum)[8][4],
-                                                               float (&lows)[kAnswerGroups],
-                                                               float down) {
+__device__ __forceinline__ void PairAnswer<kThreads>::AddCodes(const CodeSums& sums) {
   const int r = lane_ / 4, t = lane_ % 4, head = 2 * (t % 2);
   const bool upper = t >= 2;
+  const float down = 4.0f * PowerOfTwo(-sums.exponent());
+  // Rows of sums.meta: the groups' scales, then their lows. Lanes 2 apart have a head's halves.
   float low[kAnswerGroups][2];
 #pragma unroll
-  for (int g = 0; g < kAnswerGroups; ++g) {
-    lows[g] += __shfl_xor_sync(kFullMask, lows[g], 1);
-    lows[g] += __shfl_xor_sync(kFullMask, lows[g], 2);
-    low[g][0] = __shfl_sync(kFullMask, lows[g], 4 * head);
-    low[g][1] = __shfl_sync(kFullMask, lows[g], 4 * head + 4);
+  for (int j = 0; j < 2; ++j) {
+    const float all =
+        (sums.meta[j] + __shfl_xor_sync(kFullMask, sums.meta[j], 2)) * (1.0f / kWeightUnit);
+#pragma unroll
+    for (int g = 0; g < kAnswerGroups; ++g) {
+      const float scale = __shfl_sync(kFullMask, all, 4 * g + t);
+      low[g][j] = __shfl_sync(kFullMask, all, 4 * (g + kAnswerGroups) + t) - 4.0f * scale;
+    }
   }
   float* to = Partial() + (warp_ * kAnswerHeads + head) * kAnswerRow;
 #pragma unroll
   for (int block = 0; block < 8; ++block) {
     const int channel = block * kCodeBlock + r + (upper ? 8 : 0);
+    const auto& sum = sums.codes[block];
 #pragma unroll
     for (int j = 0; j < 2; ++j) {
-      const float get = __shfl_xor_sync(kFullMask, upper ? sum[block][j] : sum[block][2 + j], 2);
-      const float all = (upper ? sum[block][2 + j] : sum[block][j]) + get;
-      to[j * kAnswerRow + channel] +=
-          (4.0f * all + low[block / 2][j]) * down * s_.inverse_v[channel];
+      const float get = __shfl_xor_sync(kFullMask, upper ? sum[j] : sum[2 + j], 2);
+      const float all = (upper ? sum[2 + j] : sum[j]) + get;
+      to[j * kAnswerRow + channel] += (all * down + low[block / 2][j]) * s_.inverse_v[channel];
     }
   }
 }
 
+// The warp's tiles. After ScoreTokens, which asked for the first of them.
 template <int kThreads>
 __device__ __forceinline__ void PairAnswer<kThreads>::SumCodes() {
-  int begin, end;
-  Share(token_count_, &begin, &end);
-  if (begin + warp_ >= end) return;
-  const int exponent = ValueExponent(begin, end);
-  const float up = PowerOfTwo(exponent);
-  float sum[8][4] = {}, lows[kAnswerGroups] = {};
-#pragma unroll 1
-  for (int tile = begin + warp_; tile < end; tile += kWarps) {
-    AddTile(tile, tile - begin, up, sum, lows);
-  }
-  AddCodes(sum, lows, PowerOfTwo(-exponent));
+  CodeSums sums;
+  ForTiles<true>([&](int tile, const unsigned char* rows, const auto& done) {
+    AddTile(tile, rows, done, sums);
+  });
+  AddCodes(sums);
 }
 
 // The block's part of the state, each channel to the block that writes it.
@@ -1155,7 +1235,10 @@ __device__ __forceinline__ void PairAnswer<kThreads>::SumState(int position) {
     AddScaled4(state_[h], factor, old);
     if (lane_ % 4 == h) weights_ *= factor;
   }
-  if (coded) SumTouched();
+  if (coded) {
+    WeighTokens();
+    SumTouched();
+  }
 #pragma unroll
   for (int h = 0; h < kAnswerHeads; ++h) {
     reinterpret_cast<float4*>(Partial() + (warp_ * kAnswerHeads + h) * kAnswerRow)[lane_] =
@@ -1325,6 +1408,7 @@ __device__ __forceinline__ void PairAnswer<kThreads>::Answer(const float* querie
   }
   if (any) SumState(position);
   if (!any) {
+    CopyAsyncWait<0>();  // of codes that nobody reads: the place has other uses
     if (thread_ < exact) positions[thread_] = position;
     __syncthreads();
   }

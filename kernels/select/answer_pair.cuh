@@ -8,18 +8,21 @@
 //      -- barrier of the cluster
 //   2  softmax, rank, clusters to score   every block all of it: cheaper than to share
 //   3  logits of their tokens by codes    each block its share; to all blocks. Meanwhile estimated
-//      -- barrier                         clusters' value means; value codes into shared memory
+//      -- barrier                         clusters' value means; value codes on their way
 //   4  softmax, exact zone                every block all of it
 //   5  coded and estimated state          each block its share; each channel to its owner
 //      -- barrier
 //   6  sum of the blocks' states          each block its channels; the last one wrote the selection
 //
 // Each place is a multiprocessor's latency: what is short of it is threads in step, not memory. So
-// blocks exchange logits by shared memory, what many threads read is read by 16 bytes, and loads
-// are asked for a phase before they are used. Logits are kept in units of log2, so that exp2 does.
+// blocks exchange logits by shared memory, what many threads read is read by 16 bytes, and
+// centroids and codes come into shared memory by themselves, a ring for each warp, a phase before
+// they are used: registers would have no room for them. Logits are kept in units of log2, so that
+// exp2 does.
 #ifndef CLUSTERKV_KERNELS_SELECT_ANSWER_PAIR_CUH_
 #define CLUSTERKV_KERNELS_SELECT_ANSWER_PAIR_CUH_
 
+#include <algorithm>
 #include <cstdint>
 
 #include "kernels/base/cuda_util.cuh"
@@ -34,9 +37,18 @@ constexpr int kAnswerDim = 128;    // channels
 constexpr int kAnswerTile = 16;    // rows of one matrix product
 constexpr int kAnswerParts = 8;    // parts that are copied into shared memory
 constexpr int kAnswerBlocks = 16;  // of a pair at most
-constexpr int kAnswerGroups = 4;   // scale groups of a token's codes
-constexpr int kAnswerCodeBytes = 96, kAnswerValueBytes = 48;  // of a token; of its value codes
-constexpr int kAnswerRow = kAnswerDim + 8;                    // of partial states: spreads banks
+constexpr int kAnswerMaxWarps = 16;
+constexpr int kAnswerGroups = 4;      // scale groups of a token's codes
+constexpr int kAnswerSideBytes = 48;  // of a token's key codes; of its value codes
+// Centroids come in slices of a tile: 32 channels of 16 rows.
+constexpr int kAnswerSliceRow = 128, kAnswerSliceBytes = kAnswerTile * kAnswerSliceRow;
+constexpr int kAnswerSlices = 4 * kAnswerDim / kAnswerSliceRow;
+// Places of a warp's rings at most: more slices than two only cost room, of tiles of codes a block
+// alone with a pair has up to eight.
+constexpr int kCentroidStages = 2, kCodeStages = 8;
+constexpr float kSumUnit = 8.0f;            // what sum_query was divided by beside query_unit
+constexpr float kWeightUnit = 4096.0f;      // by which weights are halves
+constexpr int kAnswerRow = kAnswerDim + 8;  // of partial states: spreads banks
 
 // What a launch works out once; by value into a kernel.
 struct AnswerPlan {
@@ -45,10 +57,11 @@ struct AnswerPlan {
   uint32_t block_inverse;  // 2^20 / blocks, rounded up
   int room;                // tokens to take clusters for, at most
   int max_listed;          // clusters that are touched at most
-  int staged_tiles;        // of a block's tiles: their value codes stay in shared memory
-  bool refine;             // score by codes
+  // Of each warp: slices of centroids and tiles of codes on their way.
+  int centroid_stages, code_stages;
+  bool refine;  // score by codes
   // Offsets of arrays in shared memory, bytes.
-  int cluster_logits, sizes, slots, values, token_logits, keys, kinds;
+  int cluster_logits, sizes, slots, centroids, codes, token_logits, keys, kinds;
   int listed, listed_start, listed_slot, estimated, token_entry, exact, exact_token, exact_position,
       sinks;
   int shared_bytes;
@@ -61,12 +74,12 @@ struct AnswerShared {
   alignas(16) int bin_counts[kHistogramBins];
   alignas(16) uint2 centroid_query[kAnswerDim / 8][kWarp];       // operands of tf32 products
   alignas(16) uint2 code_query[kAnswerDim / kCodeBlock][kWarp];  // operands of half products
-  alignas(16) float query[kAnswerHeads][kAnswerDim];             // weighted, times scale and log2 e
-  alignas(16) float balanced[kAnswerHeads][kAnswerDim];          // that over the K balance
-  alignas(16) float raw[kAnswerHeads][kAnswerDim];  // as it came, times scale and log2 e
-  alignas(16) float inverse_v[kAnswerDim];          // 1 / V balance
-  float query_sums[kAnswerGroups][kAnswerHeads];    // of `balanced` over each scale group
-  float query_unit[kAnswerHeads];                   // what code_query was divided by
+  alignas(16) uint32_t sum_query[kWarp];                 // that of products with scales and lows
+  alignas(16) float query[kAnswerHeads][kAnswerDim];     // weighted, times scale and log2 e
+  alignas(16) float balanced[kAnswerHeads][kAnswerDim];  // that over the K balance
+  alignas(16) float raw[kAnswerHeads][kAnswerDim];       // as it came, times scale and log2 e
+  alignas(16) float inverse_v[kAnswerDim];               // 1 / V balance
+  float query_unit[kAnswerHeads];                        // what code_query was divided by
   // Per warp, [kWarp][4 heads]: of the running softmax, of estimated and of coded logits, and the
   // state's weights.
   alignas(16) float warp_max[kWarp * 4], warp_sum[kWarp * 4], warp_estimated[kWarp * 4],
@@ -82,9 +95,19 @@ struct AnswerShared {
 
 inline int AnswerAlign(int64_t bytes) { return static_cast<int>((bytes + 15) / 16 * 16); }
 
-// Fills `plan` for pairs answered by `blocks` blocks each. False: another shape, or its arrays do
-// not fit in shared_limit bytes of shared memory.
-inline bool MakeAnswerPlan(const SelectCudaParams& p, int blocks, int64_t shared_limit,
+// How many places of `bytes` from offset `from` on each warp of a block has for what is on its way,
+// of `wanted` of the block; 0: not one within `limit`. Raises *end to where the places end.
+inline int RingStages(int64_t wanted, int64_t most, int threads, int64_t bytes, int64_t from,
+                      int64_t limit, int64_t* end) {
+  const int64_t warps = threads / kWarp, fit = (limit - from) / (bytes * warps);
+  const int64_t stages = std::clamp<int64_t>(std::min(fit, (wanted + warps - 1) / warps), 0, most);
+  *end = std::max(*end, from + stages * bytes * warps);
+  return static_cast<int>(stages);
+}
+
+// Fills `plan` for pairs answered by `blocks` blocks of `threads` threads each. False: another
+// shape, or its arrays do not fit in shared_limit bytes of shared memory.
+inline bool MakeAnswerPlan(const SelectCudaParams& p, int blocks, int threads, int64_t shared_limit,
                            AnswerPlan* plan) {
   const bool refine = p.code_bits > 0 && p.scored_tokens > 0;
   const bool codes = !refine || (p.code_bits == 2 && p.group_channels == 32);
@@ -111,6 +134,7 @@ inline bool MakeAnswerPlan(const SelectCudaParams& p, int blocks, int64_t shared
   plan->cluster_logits = take(16 * clusters);
   plan->sizes = take(4 * clusters);
   if (at < plan->cluster_logits + partial) at = plan->cluster_logits + AnswerAlign(partial);
+  plan->sinks = take(16 * int64_t{p.max_sinks});
   plan->token_logits = take(refine ? 16 * room : 0);
   plan->keys = take(4 * (clusters > room ? clusters : room));
   plan->kinds = take(clusters);
@@ -122,19 +146,28 @@ inline bool MakeAnswerPlan(const SelectCudaParams& p, int blocks, int64_t shared
   plan->exact = take(room);
   plan->exact_token = take(4 * int64_t{p.budget_tokens});
   plan->exact_position = take(4 * int64_t{p.budget_tokens});
-  plan->sinks = take(16 * int64_t{p.max_sinks});
-  // Value codes lie where the slots were, and behind them.
-  plan->slots = plan->values = take(4 * clusters);
-  if (at > shared_limit) return false;
-  const int64_t tile = kAnswerTile * kAnswerValueBytes;
-  const int64_t tiles = (room + kAnswerTile - 1) / kAnswerTile, own = (tiles + blocks - 1) / blocks;
-  if (refine && p.answer_scored) {
-    const int64_t fit = (shared_limit - plan->values) / tile;
-    plan->staged_tiles = static_cast<int>(own < fit ? own : fit);
-    if (plan->values + plan->staged_tiles * tile > at)
-      at = plan->values + plan->staged_tiles * tile;
+  // Centroids on their way lie from token_logits on, which the choice of clusters does not use; the
+  // slots behind them; codes on their way behind all else, where the slots were too.
+  const int64_t slot_bytes = AnswerAlign(4 * clusters);
+  const auto own = [blocks](int64_t rows) {
+    return ((rows + kAnswerTile - 1) / kAnswerTile + blocks - 1) / blocks;
+  };
+  plan->centroids = plan->token_logits;
+  plan->codes = take(0);
+  int64_t end = at;
+  plan->centroid_stages =
+      RingStages(kAnswerSlices * own(p.max_clusters), kCentroidStages, threads, kAnswerSliceBytes,
+                 plan->centroids, shared_limit - slot_bytes, &end);
+  plan->slots = static_cast<int>(end);
+  end += slot_bytes;
+  plan->code_stages =
+      refine ? RingStages(own(room), kCodeStages, threads, kAnswerTile * kAnswerSideBytes,
+                          plan->codes, shared_limit, &end)
+             : 0;
+  if (plan->centroid_stages == 0 || (refine && plan->code_stages == 0) || end > shared_limit) {
+    return false;
   }
-  plan->shared_bytes = static_cast<int>(at);
+  plan->shared_bytes = static_cast<int>(end);
   return true;
 }
 
@@ -178,7 +211,7 @@ __device__ __forceinline__ float4 Exp2Of4(float4 x, float4 shift) {
 template <int kThreads>
 class PairAnswer {
   static constexpr int kWarps = kThreads / kWarp;
-  static_assert(kWarps <= 16 && kThreads % kAnswerDim == 0);
+  static_assert(kWarps <= kAnswerMaxWarps && kThreads % kAnswerDim == 0);
 
  public:
   __device__ __forceinline__ PairAnswer(const AnswerPlan& plan, int offset, int rank)
@@ -283,11 +316,9 @@ class PairAnswer {
   __device__ __forceinline__ void PrefetchPages();
   __device__ __forceinline__ void LoadSizes();
   __device__ __forceinline__ const unsigned char* CentroidOfTile(int tile) const;
-  __device__ __forceinline__ void LocateCentroids(const unsigned char* mine);
-  template <int kHalf>
-  __device__ __forceinline__ void FetchCentroids();
-  template <int kHalf>
-  __device__ __forceinline__ void MultiplyCentroids(float (&sums)[4][4]);
+  __device__ __forceinline__ unsigned char* CentroidRing(int turn) const;
+  __device__ __forceinline__ void FetchCentroids(int turn);
+  __device__ __forceinline__ void MultiplySlice(int slice, int turn, float (&sums)[4][4]);
   __device__ __forceinline__ void PrepareQueries(const float* queries);
   __device__ __forceinline__ void PrepareCodeQueries();
   __device__ __forceinline__ float4 TileRow(float (&sum)[4]) const;
@@ -300,19 +331,30 @@ class PairAnswer {
   __device__ __forceinline__ void ListTokens();
   __device__ __forceinline__ float4 CombineWarps(const float* of_warps) const;
   __device__ __forceinline__ const unsigned char* CodesOfTile(int tile);
-  __device__ __forceinline__ void FetchCodes(int tile, int local);
-  __device__ __forceinline__ void ScoreTile(int tile, const uint4 (&codes)[2][3]);
+  __device__ __forceinline__ unsigned char* CodeRing(int turn) const;
+  template <bool kValues>
+  __device__ __forceinline__ void FetchCodes(int tile, int end, int turn);
+  template <bool kValues>
+  __device__ __forceinline__ void FillRing();
+  template <bool kValues, typename Use>
+  __device__ __forceinline__ void ForTiles(const Use& use);
+  template <typename Done>
+  __device__ __forceinline__ void ScoreTile(int tile, const unsigned char* rows, const Done& done);
   __device__ __forceinline__ void ScoreTokens();
   __device__ __forceinline__ void PrefetchMeans();
+  template <typename Weigh>
+  __device__ __forceinline__ void AddMeans(const uint16_t* list, int count, const Weigh& weigh);
   __device__ __forceinline__ void SumEstimated();
   __device__ __forceinline__ void ChooseExact();
+  __device__ __forceinline__ void WeighTokens();
   __device__ __forceinline__ void SumTouched();
-  __device__ __forceinline__ int ValueExponent(int begin, int end);
-  __device__ __forceinline__ void AddTile(int tile, int local, float up, float (&sum)[8][4],
-                                          float (&lows)[kAnswerGroups]);
+  __device__ __forceinline__ int LargestScale(const unsigned char* rows) const;
+  struct CodeSums;
+  template <typename Done>
+  __device__ __forceinline__ void AddTile(int tile, const unsigned char* rows, const Done& done,
+                                          CodeSums& sums);
+  __device__ __forceinline__ void AddCodes(const CodeSums& sums);
   __device__ __forceinline__ void SumCodes();
-  __device__ __forceinline__ void AddCodes(const float (&sum)[8][4], float (&lows)[kAnswerGroups],
-                                           float down);
   __device__ __forceinline__ void SumState(int position);
   __device__ __forceinline__ int ExactPosition(int i);
   __device__ __forceinline__ void WriteSelection(const SelectCudaOutput& out, int row);
@@ -340,12 +382,10 @@ class PairAnswer {
   const DeviceIndexPart* parts_ = nullptr;
   const unsigned char* sink_keys_ = nullptr;
   int64_t sink_stride_ = 0;
-  int tile_end_ = 0, tile_ = 0;            // of the warp's next tile of centroids
-  const unsigned char* centroid_[2] = {};  // rows r and r + 8 of it
-  float4 rows_[2][4][2];                   // its halves: [half][16 channels][row]
-  float weight_ = 0, balance_ = 0;         // of channel thread_ % 128
+  int tile_end_ = 0, tile_ = 0, slice_ = 0;              // of the warp's next slice of centroids
+  const unsigned char* centroid_[kAnswerTile / 4] = {};  // where its rows lane / 8 + 4 i are
+  float weight_ = 0, balance_ = 0;                       // of channel thread_ % 128
   int listed_count_ = 0, token_count_ = 0, estimated_count_ = 0;
-  uint4 codes_[2][3];           // of tokens r and r + 8: scales and lows, bits
   float4 state_[kAnswerHeads];  // of channels 4 lane ..: the warp's part of the state
   float weights_ = 0;           // of head lane % 4: the lane's part of the weights' sum
   float4 estimated_max_, state_max_;
