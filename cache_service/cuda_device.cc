@@ -299,6 +299,7 @@ class CudaDevice : public ShardDevice {
   absl::Status WriteRows(const PagedRun& run, const char* keys, const char* values) override;
   absl::Status ReadRows(const PagedRun& run, char* keys, char* values) override;
   DeviceCopies copies() const override { return {uploaded_bytes_.load(), fetched_bytes_.load()}; }
+  int64_t memory_bytes() const override { return DeviceBuffer::TotalBytes(ordinal_); }
   absl::StatusOr<std::unique_ptr<DevicePart>> Mirror(const IndexPartView& view,
                                                      absl::Span<const uint32_t> pages) override;
   absl::StatusOr<std::unique_ptr<DevicePart>> Build(const DeviceBuild& build) override;

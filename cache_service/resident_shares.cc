@@ -9,11 +9,18 @@ constexpr int kMaxBlocksPerPair = 8;
 // Processing clusters of a device, at most: multiprocessors that are free may be spread over them.
 constexpr int kProcessingClusters = 8;
 
-int SharedOut(int multiprocessors) { return multiprocessors * 3 / 4; }
+// To all groups together: a thirty-second is left to selects, builds and links.
+int SharedOut(int multiprocessors) { return multiprocessors - multiprocessors / 32; }
 
 // Clusters of so many blocks that fit into the free multiprocessors however these are spread.
 int SurelyPlaced(int free, int blocks) {
   return std::max(0, free - kProcessingClusters * (blocks - 1)) / blocks;
+}
+
+// The same of a whole device where there are no others: multiprocessors come in pairs.
+int SurelyPlacedAlone(int multiprocessors, int blocks) {
+  const int lost = (blocks - 1) / 2 * 2;  // the most that an even number leaves
+  return std::max(0, multiprocessors - kProcessingClusters * lost) / blocks;
 }
 
 }  // namespace
@@ -22,7 +29,7 @@ int MaxResidentGroups(int multiprocessors) {
   return SharedOut(multiprocessors) / kMaxBlocksPerPair;
 }
 
-ResidentPlace PlaceOfGroup(int multiprocessors, int groups, int pairs) {
+ResidentPlace PlaceOfGroup(int multiprocessors, int groups, int pairs, bool alike) {
   const int share = std::min(multiprocessors / 2, SharedOut(multiprocessors) / groups);
   const int free = multiprocessors - (groups - 1) * share;
   // A pair's answer takes 1 + 8 / b with b blocks: what all of them do, and what they share out.
@@ -32,7 +39,9 @@ ResidentPlace PlaceOfGroup(int multiprocessors, int groups, int pairs) {
   };
   ResidentPlace best = {1, std::min(std::max(1, share), pairs)};
   for (int blocks = 2; blocks <= kMaxBlocksPerPair; ++blocks) {
-    const int clusters = std::min({share / blocks, SurelyPlaced(free, blocks), pairs});
+    const int placed =
+        alike ? SurelyPlacedAlone(multiprocessors, blocks) / groups : SurelyPlaced(free, blocks);
+    const int clusters = std::min({share / blocks, placed, pairs});
     if (clusters == 0) break;
     const ResidentPlace place = {blocks, clusters};
     if (cost(place) < cost(best)) best = place;

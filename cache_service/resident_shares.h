@@ -20,9 +20,10 @@ struct ResidentPlace {
 // Groups that a device takes: each has a thread-block cluster of the largest size at least.
 int MaxResidentGroups(int multiprocessors);
 
-// The place of one of so many groups, that answers so many pairs a round. All groups together have
-// three quarters of the multiprocessors, in equal shares, one at most half of them.
-ResidentPlace PlaceOfGroup(int multiprocessors, int groups, int pairs);
+// The place of one of so many groups, that answers so many pairs a round. `alike`: they all do. A
+// group has half of the multiprocessors; several share all but some, equally, so that two are
+// hardly slower than one.
+ResidentPlace PlaceOfGroup(int multiprocessors, int groups, int pairs, bool alike);
 
 // Blocks per pair for a select of so many pairs while resident kernels hold `held` of the
 // multiprocessors; 0: as the select's kernel likes.

@@ -58,7 +58,10 @@ absl::StatusOr<Residents::NcclPlace> Residents::TakeNcclPlace() {
 }
 
 ResidentPlace Residents::PlaceOf(const ResidentKernel& kernel) const {
-  return PlaceOfGroup(multiprocessors_, static_cast<int>(all_.size()), kernel.pairs());
+  const bool alike = std::all_of(all_.begin(), all_.end(), [&](const ResidentKernel* other) {
+    return other->pairs() == kernel.pairs();
+  });
+  return PlaceOfGroup(multiprocessors_, static_cast<int>(all_.size()), kernel.pairs(), alike);
 }
 
 void Residents::Hold() {

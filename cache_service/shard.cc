@@ -556,6 +556,7 @@ v1::Stats ShardImpl::GetStats() {
     const DeviceCopies copies = device_->copies();
     stats.set_device_uploaded_bytes(copies.uploaded_bytes);
     stats.set_device_fetched_bytes(copies.fetched_bytes);
+    stats.set_device_memory_bytes(static_cast<uint64_t>(device_->memory_bytes()));
   }
   for (const v1::Link link : {v1::LINK_GRPC, v1::LINK_PEER, v1::LINK_NCCL}) {
     const auto count = static_cast<uint32_t>(attachments_.by_link(link));

@@ -181,6 +181,9 @@ class ShardDevice {
   virtual absl::Status ReadRows(const PagedRun& run, char* keys, char* values) = 0;
   // Since its start.
   virtual DeviceCopies copies() const = 0;
+  // Its memory that this process has allocated: the arena, what kernels need, what links have.
+  // Without the driver's and NCCL's own.
+  virtual int64_t memory_bytes() const = 0;
   // Uploads a sealed part, whose arrays lie in `pages`. Null when the device keeps no more parts:
   // the host answers for it then. Errors: as Upload.
   virtual absl::StatusOr<std::unique_ptr<DevicePart>> Mirror(const kernels::IndexPartView& view,

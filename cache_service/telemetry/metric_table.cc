@@ -83,6 +83,8 @@ constexpr MetricDescriptor kMetrics[] = {
     {"clusterkv_arena_page_bytes", kGauge, "bytes", "", "Memory", "", "Size of a page."},
     {"clusterkv_resident_bytes", kGauge, "bytes", "", "Memory", "",
      "Resident memory of the process."},
+    {"clusterkv_device_memory_bytes", kGauge, "bytes", "", "Memory", "device",
+     "Memory of the GPU that the server has allocated; without the driver's and NCCL's own."},
     {"clusterkv_evictions_total", kCounter, "1", "reason", "Memory", "",
      "Sequences that were ended for room, for their tenant's quota, by their ttl, or by an "
      "administrator."},

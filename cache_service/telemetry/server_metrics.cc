@@ -201,6 +201,7 @@ void MetricWriter::ShardFigures(const v1::Stats& stats) {
   Value("clusterkv_ingest_windows", stats.ingest_windows());
   Value("clusterkv_device_uploaded_bytes_total", number(stats.device_uploaded_bytes()));
   Value("clusterkv_device_fetched_bytes_total", number(stats.device_fetched_bytes()));
+  Value("clusterkv_device_memory_bytes", number(stats.device_memory_bytes()));
   Value("clusterkv_device_selects_total", number(stats.device_selects()));
   Value("clusterkv_device_fallbacks_total", number(stats.device_fallbacks()));
   Value("clusterkv_device_failed", absl::EndsWith(stats.device(), " failed") ? 1 : 0);

@@ -1,6 +1,8 @@
 #include "kernels/runtime/device.h"
 
 #include <algorithm>
+#include <array>
+#include <atomic>
 #include <string>
 
 #include "absl/strings/str_cat.h"
@@ -12,6 +14,12 @@ namespace {
 absl::Status CheckBytes(int64_t bytes, const char* what) {
   if (bytes >= 0) return absl::OkStatus();
   return absl::InvalidArgumentError(absl::StrCat(what, ": expected bytes >= 0, got ", bytes));
+}
+
+std::atomic<int64_t>& TotalOf(int device) {
+  constexpr size_t kDevices = 64;
+  static std::array<std::atomic<int64_t>, kDevices> totals = {};
+  return totals[static_cast<size_t>(device) % kDevices];
 }
 
 }  // namespace
@@ -130,12 +138,15 @@ absl::StatusOr<float> Event::ElapsedMs(const Event& start) const {
   return ms;
 }
 
+int64_t DeviceBuffer::TotalBytes(int device) { return TotalOf(device).load(); }
+
 absl::StatusOr<DeviceBuffer> DeviceBuffer::Create(int device, int64_t bytes) {
   CKV_RETURN_IF_ERROR(CheckBytes(bytes, "device memory"));
   if (bytes == 0) return DeviceBuffer(nullptr, 0, device);
   const ScopedDevice scoped(device);
   void* data = nullptr;
   CKV_RETURN_IF_ERROR(CudaStatus(cudaMalloc(&data, static_cast<size_t>(bytes)), "device memory"));
+  TotalOf(device).fetch_add(bytes);
   return DeviceBuffer(static_cast<std::byte*>(data), bytes, device);
 }
 
@@ -155,6 +166,7 @@ DeviceBuffer::~DeviceBuffer() {
   if (data_ == nullptr) return;
   const ScopedDevice scoped(device_);
   (void)cudaFree(data_);
+  TotalOf(device_).fetch_sub(bytes_);
 }
 
 absl::StatusOr<PinnedBuffer> PinnedBuffer::Create(int64_t bytes) {

@@ -94,6 +94,8 @@ class DeviceBuffer {
   std::byte* data() const { return data_; }
   int64_t bytes() const { return bytes_; }
   int device() const { return device_; }
+  // What all of them have on a device, as long as they live.
+  static int64_t TotalBytes(int device);
 
  private:
   DeviceBuffer(std::byte* data, int64_t bytes, int device)

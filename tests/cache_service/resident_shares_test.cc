@@ -9,58 +9,87 @@
 namespace clusterkv::cache_service {
 namespace {
 
-constexpr int kMultiprocessors[] = {1, 7, 78, 108, 114, 132, 144, 160};
+constexpr int kMultiprocessors[] = {8, 78, 108, 114, 132, 144, 160};
 constexpr int kPairs[] = {1, 7, 8, 32, 64, 127, 128, 512};
+constexpr int kProcessingClusters = 8;
 
-// Whether clusters of so many blocks find their places, when what is held already lies so that it
-// is most in the way: evenly over eight processing clusters.
-bool Placed(int multiprocessors, int held, int clusters, int blocks) {
-  std::vector<int> free(8, 0);
-  for (int i = 0; i < multiprocessors - held; ++i) ++free[i % free.size()];
-  for (int& left : free) {
-    const int here = std::min(clusters, left / blocks);
-    clusters -= here;
-  }
-  return clusters == 0;
+// Free multiprocessors of each processing cluster: they come in pairs.
+std::vector<int> EmptyDevice(int multiprocessors) {
+  std::vector<int> free(kProcessingClusters, 0);
+  for (int i = 0; i < multiprocessors; ++i) ++free[i / 2 % kProcessingClusters];
+  return free;
 }
 
-TEST(ResidentSharesTest, GroupsHaveEqualSharesAndLeaveAQuarter) {
-  EXPECT_EQ(PlaceOfGroup(132, 1, 128).blocks(), 66);
-  EXPECT_EQ(PlaceOfGroup(132, 2, 128).blocks(), 49);
-  EXPECT_EQ(PlaceOfGroup(132, 3, 128).blocks(), 33);
+// One whose free multiprocessors lie so that they are least of use: evenly spread.
+std::vector<int> SpreadDevice(int multiprocessors) {
+  std::vector<int> free(kProcessingClusters, 0);
+  for (int i = 0; i < multiprocessors; ++i) ++free[i % kProcessingClusters];
+  return free;
+}
+
+// Takes the place of so many clusters of so many blocks; false: there is none.
+bool Take(std::vector<int>& free, int clusters, int blocks) {
+  for (; clusters > 0; --clusters) {
+    int& most = *std::max_element(free.begin(), free.end());
+    if (most < blocks) return false;
+    most -= blocks;
+  }
+  return true;
+}
+
+TEST(ResidentSharesTest, GroupsHaveEqualSharesAndLeaveSome) {
+  EXPECT_EQ(PlaceOfGroup(132, 1, 128, true).blocks(), 66);
+  EXPECT_EQ(PlaceOfGroup(132, 2, 128, true).blocks(), 64);
+  EXPECT_EQ(PlaceOfGroup(132, 3, 128, false).blocks(), 40);
   for (const int multiprocessors : kMultiprocessors) {
     for (int groups = 1; groups <= MaxResidentGroups(multiprocessors); ++groups) {
       for (const int pairs : kPairs) {
-        const ResidentPlace place = PlaceOfGroup(multiprocessors, groups, pairs);
-        EXPECT_GE(place.clusters, 1);
-        EXPECT_LE(place.clusters, pairs);
-        EXPECT_LE(place.blocks() * groups, multiprocessors * 3 / 4)
-            << multiprocessors << " for " << groups;
+        for (const bool alike : {false, true}) {
+          const ResidentPlace place = PlaceOfGroup(multiprocessors, groups, pairs, alike);
+          EXPECT_GE(place.clusters, 1);
+          EXPECT_LE(place.clusters, pairs);
+          EXPECT_LE(place.blocks() * groups, multiprocessors - multiprocessors / 32);
+        }
       }
     }
   }
 }
 
 TEST(ResidentSharesTest, ADeviceTooSmallTakesNoGroup) {
-  EXPECT_EQ(MaxResidentGroups(10), 0);
-  EXPECT_EQ(MaxResidentGroups(132), 12);
+  EXPECT_EQ(MaxResidentGroups(7), 0);
+  EXPECT_EQ(MaxResidentGroups(132), 16);
 }
 
 TEST(ResidentSharesTest, FewPairsHaveManyBlocksEach) {
-  EXPECT_EQ(PlaceOfGroup(132, 1, 8).blocks_per_pair, 8);
-  EXPECT_EQ(PlaceOfGroup(132, 1, 32).blocks_per_pair, 2);
-  EXPECT_EQ(PlaceOfGroup(132, 1, 64).blocks_per_pair, 1);
-  EXPECT_EQ(PlaceOfGroup(132, 1, 128).blocks_per_pair, 1);
+  EXPECT_EQ(PlaceOfGroup(132, 1, 8, true).blocks_per_pair, 8);
+  EXPECT_EQ(PlaceOfGroup(132, 1, 32, true).blocks_per_pair, 2);
+  EXPECT_EQ(PlaceOfGroup(132, 2, 32, true).blocks_per_pair, 2);
+  EXPECT_EQ(PlaceOfGroup(132, 2, 64, true).blocks_per_pair, 1);
+}
+
+TEST(ResidentSharesTest, TwoAlikeTakeAsManyTurnsAsOne) {
+  for (const int pairs : {8, 32, 64, 128}) {
+    for (const int groups : {1, 2}) {
+      const ResidentPlace place = PlaceOfGroup(132, groups, pairs, true);
+      EXPECT_EQ((pairs + place.clusters - 1) / place.clusters, (pairs + 63) / 64) << pairs;
+    }
+  }
 }
 
 TEST(ResidentSharesTest, EveryGroupFindsItsPlaceBesideTheOthers) {
   for (const int multiprocessors : kMultiprocessors) {
     for (int groups = 1; groups <= MaxResidentGroups(multiprocessors); ++groups) {
       for (const int pairs : kPairs) {
-        const ResidentPlace place = PlaceOfGroup(multiprocessors, groups, pairs);
-        const int others = (groups - 1) * place.blocks();
-        EXPECT_TRUE(Placed(multiprocessors, others, place.clusters, place.blocks_per_pair))
+        const ResidentPlace unlike = PlaceOfGroup(multiprocessors, groups, pairs, false);
+        const int share =
+            std::min(multiprocessors / 2, (multiprocessors - multiprocessors / 32) / groups);
+        std::vector<int> left = SpreadDevice(multiprocessors - (groups - 1) * share);
+        EXPECT_TRUE(Take(left, unlike.clusters, unlike.blocks_per_pair))
             << multiprocessors << " for " << groups << " of " << pairs << " pairs";
+        const ResidentPlace alike = PlaceOfGroup(multiprocessors, groups, pairs, true);
+        std::vector<int> device = EmptyDevice(multiprocessors);
+        EXPECT_TRUE(Take(device, groups * alike.clusters, alike.blocks_per_pair))
+            << multiprocessors << " for " << groups << " of " << pairs << " pairs, alike";
       }
     }
   }
@@ -69,11 +98,13 @@ TEST(ResidentSharesTest, EveryGroupFindsItsPlaceBesideTheOthers) {
 TEST(ResidentSharesTest, ASelectFindsAPlaceBesideGroups) {
   EXPECT_EQ(SelectBlocksPerPair(132, 0, 8), 0);
   for (const int multiprocessors : kMultiprocessors) {
-    for (int held = 1; held <= multiprocessors * 3 / 4; ++held) {
+    for (int held = 1; held <= multiprocessors - multiprocessors / 32; ++held) {
       for (const int pairs : kPairs) {
         const int blocks = SelectBlocksPerPair(multiprocessors, held, pairs);
         EXPECT_GE(blocks, 1);
-        EXPECT_TRUE(Placed(multiprocessors, held, 1, blocks)) << multiprocessors << " - " << held;
+        std::vector<int> left = SpreadDevice(multiprocessors - held);
+        EXPECT_TRUE(held == multiprocessors || Take(left, 1, blocks))
+            << multiprocessors << " - " << held;
       }
     }
   }

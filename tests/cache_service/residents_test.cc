@@ -58,8 +58,8 @@ TEST_F(ResidentsTest, SharesAreEqualAndGrowWhenOneGoes) {
   ASSERT_TRUE(Add(a).ok());
   EXPECT_EQ(a.blocks(), 66);
   ASSERT_TRUE(Add(b).ok());
-  EXPECT_EQ(a.blocks(), 49);
-  EXPECT_EQ(b.blocks(), 49);
+  EXPECT_EQ(a.blocks(), 64);
+  EXPECT_EQ(b.blocks(), 64);
   Remove(b);
   EXPECT_EQ(a.blocks(), 66);
   EXPECT_EQ(b.blocks(), 0);

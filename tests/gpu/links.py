@@ -7,7 +7,7 @@ alone and two at once, with and without corrections (codecs k8v4 and raw), and a
 without a GPU. Recalled bytes and corrections must be the same over all of them, and the selections
 those of the CPU in 99.9 % of tokens.
 With --faults: kills the worker in the middle of a replay, --kills times per link; each time the
-server must serve another replay within 3 s, and at the end hold no more GPU memory than before;
+server must serve another replay within 3 s, and at the end hold as much GPU memory as before;
 then stops a worker for 10 s, and kills the server.
 Writes DIR/links.json or DIR/faults.json, as gpu.json.
 """
@@ -25,6 +25,9 @@ import sys
 import time
 
 RECOVERY_SECONDS = 3.0
+# The driver takes memory for itself by 2 MiB as it needs it, and keeps it: 2 to 4 MiB more within 20
+# to 60 kills. Ours is counted to the byte.
+DRIVER_KEEPS_MIB = 6
 
 
 def gpus():
@@ -258,8 +261,8 @@ def kill_worker(server, link, worker, seconds):
 
 
 def settled_memory(server, link, failures):
-    """MiB, once the sessions of killed workers have ended by their ttl, and with them attachments
-    and links."""
+    """(what the server allocated, bytes; what the driver counts, MiB), once the sessions of killed
+    workers have ended by their ttl, and with them attachments and links."""
     deadline = time.monotonic() + 15
     while server.status().get("stats", {}).get("attachments") != 0:
         if time.monotonic() > deadline:
@@ -267,7 +270,21 @@ def settled_memory(server, link, failures):
             break
         time.sleep(0.5)
     time.sleep(1)
-    return memory_of(server.process.pid)
+    return server.status()["stats"]["device_memory_bytes"], memory_of(server.process.pid)
+
+
+def memory_rows(link, before, after, failures):
+    """Rows of two settled_memory, between which workers were killed."""
+    if after[0] != before[0]:
+        failures.append(f"{link}: the server holds {after[0]} bytes of the GPU, {before[0]} before")
+    if after[1] > before[1] + DRIVER_KEEPS_MIB:
+        failures.append(f"{link}: {before[1]} MiB of GPU memory before, {after[1]} after")
+    return [{"name": f"{link}: GPU memory that the server holds after the kills",
+             "value": after[0], "unit": "bytes", "peer": "before", "peer_value": before[0],
+             "ratio": after[0] / max(before[0], 1), "target": "1"},
+            {"name": f"{link}: GPU memory after the kills", "value": after[1], "unit": "MiB",
+             "peer": "before", "peer_value": before[1], "ratio": after[1] / max(before[1], 1),
+             "target": f"at most {DRIVER_KEEPS_MIB} more"}]
 
 
 def kill_workers(server, link, worker, args, rng, failures):
@@ -287,9 +304,7 @@ def kill_workers(server, link, worker, args, rng, failures):
             failures.append(f"{link}: after kill {kill}: {error}")
             break
         recoveries.append(seconds - short)
-    after = settled_memory(server, link, failures)
-    if after > before:
-        failures.append(f"{link}: {before} MiB of GPU memory before, {after} after")
+    memory = memory_rows(link, before, settled_memory(server, link, failures), failures)
     print(f"{link}: {in_time} of {args.kills} workers were killed while they decoded")
     if in_time < args.kills * 0.8:
         failures.append(f"{link}: only {in_time} workers were killed while they decoded")
@@ -302,10 +317,7 @@ def kill_workers(server, link, worker, args, rng, failures):
             failures.append(f"{link}: other bytes after the kills than before")
     return [{"name": f"{link}: worker killed {args.kills} times: another replay, slowest over "
                      "an undisturbed one", "value": worst, "unit": "s", "peer": "undisturbed",
-             "peer_value": short, "ratio": None, "target": f"<= {RECOVERY_SECONDS}"},
-            {"name": f"{link}: GPU memory after the kills", "value": after, "unit": "MiB",
-             "peer": "before", "peer_value": before, "ratio": after / max(before, 1),
-             "target": "<= 1"}]
+             "peer_value": short, "ratio": None, "target": f"<= {RECOVERY_SECONDS}"}] + memory
 
 
 def run_faults(args, failures):

@@ -2,10 +2,12 @@
 """Two processes and no host between them: a server on one GPU, an engine on another whose steps the
 server's GPU answers by itself (resident_loop).
 
-Usage: resident.py --bin=DIR --out=DIR [--kills=N] [--only=compare,measure | --only=kills]
-Outputs must be those of a DecodeSession over gRPC; a step's layer is timed beside the same engine
-over gRPC; and a worker that is killed in the middle of a step must cost others no more than 3 s and
-no GPU memory. Writes DIR/resident.json, as gpu.json.
+Usage: resident.py --bin=DIR --out=DIR [--kills=N] [--only=PART,...]
+Outputs must be those of a DecodeSession over gRPC. A step's layer is timed beside the same engine
+over gRPC, and beside a model's matrix products; two engines at once, beside each alone. Beside
+groups a worker over nccl must get gRPC, and a select its answer. A worker that is killed in the
+middle of a step must cost others no more than 3 s, and no GPU memory. Writes DIR/resident.json, as
+gpu.json.
 """
 import argparse
 import datetime
@@ -17,10 +19,15 @@ import subprocess
 import sys
 import time
 
-from links import RECOVERY_SECONDS, Server, gpus, replay, settled_memory
+from links import RECOVERY_SECONDS, Server, gpus, memory_rows, replay, settled_memory
 
-# (sequences, tokens) of what is timed, four layers each.
-SHAPES = ((1, 32768), (4, 32768), (16, 8192))
+# (sequences, tokens, tokens per cluster) of what is timed, four layers each; 8,192 clusters have no
+# room in a multiprocessor's memory.
+SHAPES = ((1, 32768, 16), (4, 32768, 16), (8, 32768, 16), (16, 32768, 16), (4, 131072, 32))
+# Sequences of 32,768 tokens of each of two loops. Both engines are on one GPU, so what stands for
+# the matrix products of theirs leaves that to the other.
+TOGETHER = (1, 4, 8, 16)
+PRODUCTS_US = 120
 
 
 def loop_command(server, worker, *more):
@@ -28,13 +35,14 @@ def loop_command(server, worker, *more):
             *more]
 
 
-def run_loop(server, worker, name, failures, *more):
-    """What it prints; empty after a failure."""
-    done = subprocess.run(loop_command(server, worker, *more), capture_output=True, text=True,
-                          timeout=200)
+def run_loop(server, worker, name, failures, *more, under=()):
+    """What it prints, perhaps under a checker; empty after a failure."""
+    done = subprocess.run([*under, *loop_command(server, worker, *more)], capture_output=True,
+                          text=True, timeout=200)
     print(f"{name}: {done.stdout.strip()} {done.stderr[-500:]}", flush=True)
     if done.returncode == 0:
-        return json.loads(done.stdout.splitlines()[-1])
+        printed = [line for line in done.stdout.splitlines() if line.startswith("{")]
+        return json.loads(printed[-1])  # a checker says more
     failures.append(f"{name}: exit {done.returncode}: {done.stderr[-500:]}")
     return {}
 
@@ -55,25 +63,96 @@ def compare(server, worker, failures):
     return rows
 
 
+def memcheck(server, worker, failures):
+    """The worker's end. The server's does not end under the checker: its launches wait for the
+    kernel that runs."""
+    checker = ("compute-sanitizer", "--tool", "memcheck", "--error-exitcode", "9")
+    run_loop(server, worker, "memcheck", failures, "--compare", "--tokens=1024", "--steps=70",
+             under=checker)
+    return []
+
+
 def measure(server, worker, failures):
     rows = []
-    for sequences, tokens in SHAPES:
-        name = f"resident step of a layer, {tokens} x {sequences}: p50"
-        found = run_loop(server, worker, name, failures, f"--sequences={sequences}",
-                         f"--tokens={tokens}", "--layers=4", "--steps=500")
+    for sequences, tokens, cluster in SHAPES:
+        shape = f"{tokens} x {sequences}"
+        await_room(server)
+        found = run_loop(server, worker, shape, failures, f"--sequences={sequences}",
+                         f"--tokens={tokens}", f"--cluster={cluster}", "--layers=4", "--steps=300",
+                         "--products")
         if not found:
             continue
-        rows.append({"name": name, "value": found["resident_us"], "unit": "us",
+        rows.append({"name": f"resident step of a layer, {shape}: p50",
+                     "value": found["resident_us"], "unit": "us",
                      "peer": "the same engine over gRPC", "peer_value": found["grpc_us"],
                      "ratio": found["resident_us"] / found["grpc_us"], "target": None})
+        rows.append({"name": f"resident step of a layer, {shape}: added to matrix products, p50",
+                     "value": found["beside_work_us"] - found["work_us"], "unit": "us",
+                     "peer": "the matrix products", "peer_value": found["work_us"],
+                     "ratio": found["beside_work_us"] / found["work_us"] - 1, "target": None})
     return rows
+
+
+def together(server, worker, failures):
+    rows = []
+    for sequences in TOGETHER:
+        shape = f"32768 x {sequences}"
+        await_room(server)
+        found = run_loop(server, worker, f"two loops of {shape}", failures, "--loops=2",
+                         f"--sequences={sequences}", "--tokens=32768", "--layers=2",
+                         "--steps=300", f"--busy_us={PRODUCTS_US}")
+        if not found:
+            continue
+        for i, (alone, both) in enumerate(zip(found["alone_us"], found["together_us"])):
+            rows.append({"name": f"two loops of {shape} at once, loop {i}: a layer, p50",
+                         "value": both, "unit": "us", "peer": "the loop alone",
+                         "peer_value": alone, "ratio": alone / both,
+                         "target": "ratio (speed) >= 0.8"})
+    return rows
+
+
+def beside(server, worker, failures):
+    """Other workers while one group runs, and two: seconds that their replays take."""
+    rows, groups = [], []
+    replay(server, "grpc", "cpu", "resident.other", "--steps=2")
+    _, alone = replay(server, "grpc", "cpu", "resident.other", "--steps=2")
+    try:
+        for number in (1, 2):
+            groups.append(begin_group(server, worker))
+            run, _ = replay(server, "nccl", worker, "resident.nccl", "--steps=2")
+            if run["link"] != "grpc":
+                failures.append(f"beside {number} groups: a link over {run['link']}")
+            _, seconds = replay(server, "grpc", "cpu", "resident.other", "--steps=2")
+            if seconds - alone > RECOVERY_SECONDS:
+                failures.append(f"beside {number} groups: a replay takes {seconds:.2f} s")
+            rows.append({"name": f"another worker's replay beside {number} groups",
+                         "value": seconds, "unit": "s", "peer": "without groups",
+                         "peer_value": alone, "ratio": seconds / alone, "target": None})
+    finally:
+        for group in groups:
+            group.kill()
+            group.wait()
+    return rows
+
+
+def await_room(server):
+    """Until the last run's sequences are nobody's, so that they may be evicted."""
+    deadline = time.monotonic() + 10
+    while server.status()["stats"]["attachments"] != 0 and time.monotonic() < deadline:
+        time.sleep(0.1)
+
+
+def begin_group(server, worker):
+    """A worker that replays steps until it is killed."""
+    process = subprocess.Popen(loop_command(server, worker, "--forever"), stdout=subprocess.PIPE,
+                               text=True)
+    process.stdout.readline()
+    return process
 
 
 def kill_worker(server, worker, seconds, failures):
     """Kills a worker so many seconds after it began to replay steps."""
-    process = subprocess.Popen(loop_command(server, worker, "--forever"), stdout=subprocess.PIPE,
-                               text=True)
-    process.stdout.readline()
+    process = begin_group(server, worker)
     time.sleep(seconds)
     if process.poll() is not None:
         failures.append(f"resident: the worker ended by itself: {process.returncode}")
@@ -81,7 +160,8 @@ def kill_worker(server, worker, seconds, failures):
     process.wait()
 
 
-def kills(server, worker, args, failures):
+def kills(server, worker, failures):
+    args = server.args
     rng = random.Random(args.seed)
     print(f"seed {args.seed}")
     # What stays loaded after the first group, and after the first one that broke, is no loss.
@@ -95,19 +175,14 @@ def kills(server, worker, args, failures):
         kill_worker(server, worker, rng.uniform(0.0, 0.3), failures)
         _, seconds = replay(server, "grpc", "cpu", "resident.other", "--steps=2")
         recoveries.append(seconds - short)
-    after = settled_memory(server, "resident", failures)
-    if after > before:
-        failures.append(f"resident: {before} MiB of GPU memory before the kills, {after} after")
+    memory = memory_rows("resident", before, settled_memory(server, "resident", failures), failures)
     if max(recoveries) > RECOVERY_SECONDS:
         failures.append(f"resident: another worker waited {max(recoveries):.2f} s")
     run_loop(server, worker, "after the kills", failures, "--compare", "--steps=20")
     return [{"name": f"resident: worker killed {args.kills} times: another replay, slowest over an "
                      "undisturbed one", "value": max(recoveries), "unit": "s",
              "peer": "undisturbed", "peer_value": short, "ratio": None,
-             "target": f"<= {RECOVERY_SECONDS}"},
-            {"name": "resident: GPU memory after the kills", "value": after, "unit": "MiB",
-             "peer": "before", "peer_value": before, "ratio": after / max(before, 1),
-             "target": "<= 1"}]
+             "target": f"<= {RECOVERY_SECONDS}"}] + memory
 
 
 def main():
@@ -115,7 +190,8 @@ def main():
     parser.add_argument("--bin", type=pathlib.Path, required=True)
     parser.add_argument("--out", type=pathlib.Path, required=True)
     parser.add_argument("--kills", type=int, default=5)
-    parser.add_argument("--only", default="compare,measure", help="or kills")
+    parser.add_argument("--only", default="compare,beside,measure,together",
+                        help="or kills, memcheck")
     parser.add_argument("--seed", type=int, default=int(os.environ.get("CLUSTERKV_TEST_SEED", "1")))
     args = parser.parse_args()
     data = pathlib.Path(__file__).resolve().parent.parent / "data"
@@ -125,14 +201,11 @@ def main():
     worker = "cuda:1" if len(names) > 1 else "cuda:0"
     failures, rows = [], []
     server = Server(args, "cuda:0", arena="16GiB")
+    parts = {"compare": compare, "measure": measure, "together": together, "beside": beside,
+             "kills": kills, "memcheck": memcheck}
     for what in args.only.split(","):
         try:
-            if what == "compare":
-                rows += compare(server, worker, failures)
-            elif what == "measure":
-                rows += measure(server, worker, failures)
-            else:
-                rows += kills(server, worker, args, failures)
+            rows += parts[what](server, worker, failures)
         except (RuntimeError, subprocess.TimeoutExpired) as error:
             failures.append(f"{what}: {error}")
     print(json.dumps(server.status().get("stats", {})))

@@ -97,6 +97,18 @@ if [ -z "$prebuilt" ] && { wants unit || wants bench; }; then
   say "built"
 fi
 
+sanitizes() { [ "$sanitize" = 1 ] && command -v compute-sanitizer > /dev/null; }
+memcheck() {  # memcheck TEST: of the programs
+  sanitizes || return 0
+  say "memcheck $1"
+  LD_LIBRARY_PATH="$programs/lib:${LD_LIBRARY_PATH:-}" timeout 120 \
+    compute-sanitizer --tool memcheck --error-exitcode 9 "$programs/$1" \
+    --gtest_filter=-*DeathTest* > "$logs/memcheck.$1" 2>&1 || {
+    status=1
+    tail -n 25 "$logs/memcheck.$1"
+  }
+}
+
 if wants unit; then
   if [ ! -d "$cases" ]; then
     for maker in build/*/bin/make_cases; do
@@ -107,7 +119,7 @@ if wants unit; then
     timeout 120 "$build/${name}_test" "--cases=$cases" 2>&1 | tee "$logs/${name}_test" ||
       status=1
   done
-  if [ "$sanitize" = 1 ] && command -v compute-sanitizer > /dev/null; then
+  if sanitizes; then
     for tool in memcheck racecheck synccheck; do
       # The smallest case of each kind: the checkers slow kernels down a hundredfold.
       runs=(gather:Gather attention:AttentionK8V4BesideFloat32 attention:AttentionBFloat16
@@ -148,21 +160,14 @@ for what in links faults; do
     say "engine"
     LD_LIBRARY_PATH="$programs/lib:${LD_LIBRARY_PATH:-}" timeout 120 \
       "$programs/engine_cuda_gpu_test" 2>&1 | tee "$logs/engine_cuda_gpu_test" || status=1
-    if [ "$sanitize" = 1 ] && command -v compute-sanitizer > /dev/null; then
-      say "memcheck engine"
-      LD_LIBRARY_PATH="$programs/lib:${LD_LIBRARY_PATH:-}" timeout 120 \
-        compute-sanitizer --tool memcheck --error-exitcode 9 "$programs/engine_cuda_gpu_test" \
-        --gtest_filter=-*DeathTest* > "$logs/memcheck.engine" 2>&1 || {
-        status=1
-        tail -n 25 "$logs/memcheck.engine"
-      }
-    fi
+    memcheck engine_cuda_gpu_test
   fi
   # A prompt from this GPU, or the second one, into a server on the first: by window, by PutKv.
   if [ "$what" = links ] && [ -x "$programs/ingest_bench" ]; then
     say "ingest"
     LD_LIBRARY_PATH="$programs/lib:${LD_LIBRARY_PATH:-}" timeout 120 \
       "$programs/ingest_window_gpu_test" 2>&1 | tee "$logs/ingest_window_gpu_test" || status=1
+    memcheck ingest_window_gpu_test
     LD_LIBRARY_PATH="$programs/lib:${LD_LIBRARY_PATH:-}" timeout 120 \
       "$programs/ingest_bench" --kills=5 "--json=$out/ingest.json" 2>&1 |
       tee "$logs/ingest_bench" || status=1
@@ -175,9 +180,12 @@ for what in links faults; do
   # Decoding without the host, and a worker that is killed in the middle of it.
   if [ -x "$programs/resident_loop" ]; then
     say "$what: resident"
-    if [ "$what" = faults ]; then more=(--only=kills "--kills=$kills"); else more=(); fi
+    parts=compare,beside,measure,together
+    if sanitizes; then parts+=,memcheck; fi
+    if [ "$what" = faults ]; then parts=kills; fi
     LD_LIBRARY_PATH="$programs/lib:${LD_LIBRARY_PATH:-}" timeout 300 python3 -B \
-      tests/gpu/resident.py "--bin=$programs" "--out=$logs/resident_$what" "${more[@]}" 2>&1 |
+      tests/gpu/resident.py "--bin=$programs" "--out=$logs/resident_$what" "--only=$parts" \
+      "--kills=$kills" 2>&1 |
       tee "$logs/resident_$what.log" || status=1
     cp "$logs/resident_$what/resident.json" "$out/resident_$what.json" || status=1
   fi

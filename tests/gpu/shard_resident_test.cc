@@ -108,6 +108,22 @@ TEST_F(ShardResidentTest, AGroupTakesOverWhatWasClusteredAndEndsWithItsFirstAtta
   shard().DisconnectResident(group->resident_id());
 }
 
+TEST_F(ShardResidentTest, WhatAGroupTookOfTheDevicesMemoryComesBack) {
+  Make(true);
+  const TestKv kv = MakeKv(Shape(), kPrompt, 1);
+  const uint64_t attachment = Attach("a", kv);
+  const v1::ConnectResidentRequest request = Request({attachment});
+  const uint64_t before = shard().GetStats().device_memory_bytes();
+  for (int i = 0; i < 2; ++i) {
+    const auto group = shard().ConnectResident(request);
+    ASSERT_TRUE(group.ok() && group->resident_id() != 0);
+    EXPECT_GT(shard().GetStats().device_memory_bytes(), before);
+    shard().DisconnectResident(group->resident_id());
+  }
+  ASSERT_TRUE(shard().Release(Handle("a")).ok());
+  EXPECT_EQ(shard().GetStats().device_memory_bytes(), before);
+}
+
 TEST_F(ShardResidentTest, RoundsThatWereNotAnsweredEndTheGroup) {
   Make(true);
   const TestKv kv = MakeKv(Shape(), kPrompt + 100, 1);

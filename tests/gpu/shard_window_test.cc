@@ -51,6 +51,7 @@ class FailingDevice : public ShardDevice {
     return failed_ ? Gone() : device_->ReadRows(run, keys, values);
   }
   DeviceCopies copies() const override { return device_->copies(); }
+  int64_t memory_bytes() const override { return device_->memory_bytes(); }
   absl::StatusOr<std::unique_ptr<DevicePart>> Mirror(const kernels::IndexPartView& view,
                                                      absl::Span<const uint32_t> pages) override {
     if (failed_) return Gone();

@@ -90,6 +90,7 @@ Json StatsJson(const v1::Stats& stats) {
           {"link_fallbacks", std::map<std::string, uint64_t>(stats.link_fallbacks().begin(),
                                                              stats.link_fallbacks().end())},
           {"resident_bytes", stats.resident_bytes()},
+          {"device_memory_bytes", stats.device_memory_bytes()},
           {"select_p50_us", stats.select_p50_us()},
           {"select_p99_us", stats.select_p99_us()},
           {"etcd", stats.has_etcd() ? EtcdJson(stats.etcd()) : Json()}};
