@@ -30,7 +30,8 @@ int MaxResidentGroups(int multiprocessors) {
 }
 
 ResidentPlace PlaceOfGroup(int multiprocessors, int groups, int pairs, bool alike) {
-  const int share = std::min(multiprocessors / 2, SharedOut(multiprocessors) / groups);
+  const int share =
+      std::min(std::max(multiprocessors / 2, pairs), SharedOut(multiprocessors) / groups);
   const int free = multiprocessors - (groups - 1) * share;
   // A pair's answer takes 1 + 8 / b with b blocks: what all of them do, and what they share out.
   const auto cost = [pairs](const ResidentPlace& place) {

@@ -21,8 +21,8 @@ struct ResidentPlace {
 int MaxResidentGroups(int multiprocessors);
 
 // The place of one of so many groups, that answers so many pairs a round. `alike`: they all do. A
-// group has half of the multiprocessors; several share all but some, equally, so that two are
-// hardly slower than one.
+// group alone has half of the multiprocessors, or one for each pair if that is more, so that they
+// take one turn; several share all but some, equally.
 ResidentPlace PlaceOfGroup(int multiprocessors, int groups, int pairs, bool alike);
 
 // Blocks per pair for a select of so many pairs while resident kernels hold `held` of the

@@ -38,7 +38,8 @@ bool Take(std::vector<int>& free, int clusters, int blocks) {
 }
 
 TEST(ResidentSharesTest, GroupsHaveEqualSharesAndLeaveSome) {
-  EXPECT_EQ(PlaceOfGroup(132, 1, 128, true).blocks(), 66);
+  EXPECT_EQ(PlaceOfGroup(132, 1, 8, true).blocks(), 64);
+  EXPECT_EQ(PlaceOfGroup(132, 1, 128, true).blocks(), 128);
   EXPECT_EQ(PlaceOfGroup(132, 2, 128, true).blocks(), 64);
   EXPECT_EQ(PlaceOfGroup(132, 3, 128, false).blocks(), 40);
   for (const int multiprocessors : kMultiprocessors) {
@@ -67,11 +68,11 @@ TEST(ResidentSharesTest, FewPairsHaveManyBlocksEach) {
   EXPECT_EQ(PlaceOfGroup(132, 2, 64, true).blocks_per_pair, 1);
 }
 
-TEST(ResidentSharesTest, TwoAlikeTakeAsManyTurnsAsOne) {
-  for (const int pairs : {8, 32, 64, 128}) {
+TEST(ResidentSharesTest, OneAndTwoAlikeTakeOneTurnAsLongAsPairsFit) {
+  for (const int pairs : {8, 32, 64}) {
     for (const int groups : {1, 2}) {
       const ResidentPlace place = PlaceOfGroup(132, groups, pairs, true);
-      EXPECT_EQ((pairs + place.clusters - 1) / place.clusters, (pairs + 63) / 64) << pairs;
+      EXPECT_LE(pairs, place.clusters) << groups;
     }
   }
 }

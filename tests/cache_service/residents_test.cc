@@ -56,12 +56,12 @@ class ResidentsTest : public ::testing::Test {
 TEST_F(ResidentsTest, SharesAreEqualAndGrowWhenOneGoes) {
   NotingKernel a(128), b(128);
   ASSERT_TRUE(Add(a).ok());
-  EXPECT_EQ(a.blocks(), 66);
+  EXPECT_EQ(a.blocks(), 128);
   ASSERT_TRUE(Add(b).ok());
   EXPECT_EQ(a.blocks(), 64);
   EXPECT_EQ(b.blocks(), 64);
   Remove(b);
-  EXPECT_EQ(a.blocks(), 66);
+  EXPECT_EQ(a.blocks(), 128);
   EXPECT_EQ(b.blocks(), 0);
 }
 
@@ -78,7 +78,7 @@ TEST_F(ResidentsTest, AllStandStillDuringAPause) {
 
 TEST_F(ResidentsTest, SelectsAskForFewerBlocksBesideGroups) {
   EXPECT_EQ(BlocksPerPair(8), 0);
-  NotingKernel a(128), b(128);
+  NotingKernel a(66), b(66);
   ASSERT_TRUE(Add(a).ok());
   const int beside_one = BlocksPerPair(8);
   EXPECT_GT(beside_one, 0);
@@ -108,7 +108,7 @@ TEST_F(ResidentsTest, OneThatDoesNotStartIsNotAdded) {
   ASSERT_TRUE(Add(a).ok());
   b.FailToStart();
   EXPECT_TRUE(absl::IsInternal(Add(b)));
-  EXPECT_EQ(a.blocks(), 66);
+  EXPECT_EQ(a.blocks(), 128);
 }
 
 TEST_F(ResidentsTest, NoMoreGroupsThanHavePlaces) {

@@ -15,6 +15,7 @@ import json
 import os
 import pathlib
 import random
+import statistics
 import subprocess
 import sys
 import time
@@ -135,6 +136,33 @@ def beside(server, worker, failures):
     return rows
 
 
+def prompts(server, worker, _):
+    """Seconds that a prompt takes to come in and be clustered, beside a small and a large group."""
+    def seed():
+        begin = time.monotonic()
+        subprocess.run([server.args.bin / "ckv", "seed", f"--server={server.address}",
+                        "--prefix=prompt", "--tokens=32768", "--layers=4", "--kv_heads=8",
+                        "--query_heads=32", "--head_dim=128", "--replace"],
+                       check=True, capture_output=True, timeout=60)
+        return time.monotonic() - begin
+
+    alone = statistics.median(seed() for _ in range(4))
+    rows = []
+    for sequences in (1, 16):
+        group = begin_group(server, worker, f"--sequences={sequences}", "--tokens=8192")
+        try:
+            seconds = statistics.median(seed() for _ in range(3))
+        finally:
+            group.kill()
+            group.wait()
+        rows.append({"name": "a prompt of 32768 tokens, 4 layers, seeded beside a group of "
+                             f"{sequences} sequences", "value": seconds, "unit": "s",
+                     "peer": "without groups", "peer_value": alone, "ratio": seconds / alone,
+                     "target": None})
+        await_room(server)
+    return rows
+
+
 def await_room(server):
     """Until the last run's sequences are nobody's, so that they may be evicted."""
     deadline = time.monotonic() + 10
@@ -142,9 +170,9 @@ def await_room(server):
         time.sleep(0.1)
 
 
-def begin_group(server, worker):
+def begin_group(server, worker, *more):
     """A worker that replays steps until it is killed."""
-    process = subprocess.Popen(loop_command(server, worker, "--forever"), stdout=subprocess.PIPE,
+    process = subprocess.Popen(loop_command(server, worker, "--forever", *more), stdout=subprocess.PIPE,
                                text=True)
     process.stdout.readline()
     return process
@@ -190,7 +218,7 @@ def main():
     parser.add_argument("--bin", type=pathlib.Path, required=True)
     parser.add_argument("--out", type=pathlib.Path, required=True)
     parser.add_argument("--kills", type=int, default=5)
-    parser.add_argument("--only", default="compare,beside,measure,together",
+    parser.add_argument("--only", default="compare,beside,prompts,measure,together",
                         help="or kills, memcheck")
     parser.add_argument("--seed", type=int, default=int(os.environ.get("CLUSTERKV_TEST_SEED", "1")))
     args = parser.parse_args()
@@ -202,11 +230,11 @@ def main():
     failures, rows = [], []
     server = Server(args, "cuda:0", arena="16GiB")
     parts = {"compare": compare, "measure": measure, "together": together, "beside": beside,
-             "kills": kills, "memcheck": memcheck}
+             "prompts": prompts, "kills": kills, "memcheck": memcheck}
     for what in args.only.split(","):
         try:
             rows += parts[what](server, worker, failures)
-        except (RuntimeError, subprocess.TimeoutExpired) as error:
+        except (RuntimeError, subprocess.SubprocessError) as error:
             failures.append(f"{what}: {error}")
     print(json.dumps(server.status().get("stats", {})))
     code = server.stop()
