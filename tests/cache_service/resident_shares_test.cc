@@ -82,8 +82,7 @@ TEST(ResidentSharesTest, EveryGroupFindsItsPlaceBesideTheOthers) {
     for (int groups = 1; groups <= MaxResidentGroups(multiprocessors); ++groups) {
       for (const int pairs : kPairs) {
         const ResidentPlace unlike = PlaceOfGroup(multiprocessors, groups, pairs, false);
-        const int share =
-            std::min(multiprocessors / 2, (multiprocessors - multiprocessors / 32) / groups);
+        const int share = (multiprocessors - multiprocessors / 32) / groups;
         std::vector<int> left = SpreadDevice(multiprocessors - (groups - 1) * share);
         EXPECT_TRUE(Take(left, unlike.clusters, unlike.blocks_per_pair))
             << multiprocessors << " for " << groups << " of " << pairs << " pairs";

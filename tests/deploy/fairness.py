@@ -37,6 +37,8 @@ LADDER = (250, 500, 1000, 1500, 2000, 2500, 3000, 3500, 4000, 4500, 5000, 6000, 
           10000, 12000, 14000, 17000, 20000, 24000, 28000, 33000, 40000)
 TENANTS = ("quiet", "loud")
 STAGES = ("queue", "select", "pack", "send")
+REAL_TIME = ["chrt", "-f", "10"]
+RAISED = ["nice", "-n", "-15"]
 
 
 class TooFast(Exception):
@@ -48,10 +50,6 @@ def processors(servers):
     there = sorted(os.sched_getaffinity(0))
     apart = 0 < servers < len(there)
     return (there[:servers], there[servers:]) if apart else (None, None)
-
-
-REAL_TIME = ["chrt", "-f", "10"]
-RAISED = ["nice", "-n", "-15"]
 
 
 def pinned(allowed, command, priority=()):

@@ -2,7 +2,7 @@
 """Two processes and no host between them: a server on one GPU, an engine on another whose steps the
 server's GPU answers by itself (resident_loop).
 
-Usage: resident.py --bin=DIR --out=DIR [--kills=N] [--only=PART,...]
+Usage: resident.py --bin=DIR --out=DIR [--kills=N] [--only=PART,...] [--memcheck]
 Outputs must be those of a DecodeSession over gRPC. A step's layer is timed beside the same engine
 over gRPC, and beside a model's matrix products; two engines at once, beside each alone. Beside
 groups a worker over nccl must get gRPC, and a select its answer. A worker that is killed in the
@@ -172,8 +172,8 @@ def await_room(server):
 
 def begin_group(server, worker, *more):
     """A worker that replays steps until it is killed."""
-    process = subprocess.Popen(loop_command(server, worker, "--forever", *more), stdout=subprocess.PIPE,
-                               text=True)
+    process = subprocess.Popen(loop_command(server, worker, "--forever", *more),
+                               stdout=subprocess.PIPE, text=True)
     process.stdout.readline()
     return process
 
@@ -219,7 +219,8 @@ def main():
     parser.add_argument("--out", type=pathlib.Path, required=True)
     parser.add_argument("--kills", type=int, default=5)
     parser.add_argument("--only", default="compare,beside,prompts,measure,together",
-                        help="or kills, memcheck")
+                        help="or kills")
+    parser.add_argument("--memcheck", action="store_true", help="the worker's end under it, too")
     parser.add_argument("--seed", type=int, default=int(os.environ.get("CLUSTERKV_TEST_SEED", "1")))
     args = parser.parse_args()
     data = pathlib.Path(__file__).resolve().parent.parent / "data"
@@ -231,7 +232,7 @@ def main():
     server = Server(args, "cuda:0", arena="16GiB")
     parts = {"compare": compare, "measure": measure, "together": together, "beside": beside,
              "prompts": prompts, "kills": kills, "memcheck": memcheck}
-    for what in args.only.split(","):
+    for what in args.only.split(",") + ["memcheck"] * args.memcheck:
         try:
             rows += parts[what](server, worker, failures)
         except (RuntimeError, subprocess.SubprocessError) as error:

@@ -180,12 +180,12 @@ for what in links faults; do
   # Decoding without the host, and a worker that is killed in the middle of it.
   if [ -x "$programs/resident_loop" ]; then
     say "$what: resident"
-    parts=compare,beside,measure,together
-    if sanitizes; then parts+=,memcheck; fi
-    if [ "$what" = faults ]; then parts=kills; fi
+    more=()
+    if sanitizes; then more=(--memcheck); fi
+    if [ "$what" = faults ]; then more=(--only=kills); fi
     LD_LIBRARY_PATH="$programs/lib:${LD_LIBRARY_PATH:-}" timeout 300 python3 -B \
-      tests/gpu/resident.py "--bin=$programs" "--out=$logs/resident_$what" "--only=$parts" \
-      "--kills=$kills" 2>&1 |
+      tests/gpu/resident.py "--bin=$programs" "--out=$logs/resident_$what" "--kills=$kills" \
+      "${more[@]}" 2>&1 |
       tee "$logs/resident_$what.log" || status=1
     cp "$logs/resident_$what/resident.json" "$out/resident_$what.json" || status=1
   fi
