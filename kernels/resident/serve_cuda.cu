@@ -108,7 +108,7 @@ __device__ void Prefetch(const ServePlan& plan, const SelectCudaPair& pair, int 
 }
 
 // Whether all blocks of the cluster say so: one that went on alone would meet nobody at the next
-// barrier.
+// barrier. Its own is the one that an answer wants after all have begun it.
 __device__ bool Agree(bool mine, int blocks, int rank, Own& own) {
   if (blocks == 1) return mine;
   if (static_cast<int>(threadIdx.x) < blocks) {
@@ -265,7 +265,8 @@ __global__ void __launch_bounds__(kThreads, 1) ServeKernel(const __grid_constant
       before = static_cast<const resident::DirectoryEntry*>(
           p.directory)[row * p.shape.slots + threadIdx.x];
     }
-    answer.Answer(own.queries, Sender{plan, ticket, pair, before, own});
+    answer.PrepareQueries(own.queries);
+    answer.Answer(Sender{plan, ticket, pair, before, own});
   }
 }
 

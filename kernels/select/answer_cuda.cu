@@ -22,8 +22,11 @@ __global__ void __launch_bounds__(kBlockThreads, kThreads / kBlockThreads)
   if (threadIdx.x * kLine < static_cast<unsigned>(plan.params.group * kAnswerDim)) {
     PrefetchL2(queries + threadIdx.x * kLine);
   }
+  ClusterArriveRelaxed(plan.blocks);
   answer.Begin(pairs[index]);
-  answer.Finish(queries, out, index);
+  answer.PrepareQueries(queries);
+  ClusterWait(plan.blocks);
+  answer.Finish(out, index);
 }
 
 // Blocks per pair: as many as let all pairs run at once.

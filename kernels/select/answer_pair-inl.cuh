@@ -120,7 +120,6 @@ __device__ __forceinline__ void PairAnswer<kThreads>::FetchCentroids(int turn) {
 
 template <int kThreads>
 __device__ __forceinline__ void PairAnswer<kThreads>::Begin(const SelectCudaPair& pair) {
-  ClusterArriveRelaxed(plan_.blocks);
   CopyParts(pair);
   for (int i = thread_; i < kHistogramBins; i += kThreads) {
     s_.threshold.histogram[i] = 0;
@@ -1372,17 +1371,13 @@ __device__ __forceinline__ void PairAnswer<kThreads>::WriteState(const SelectCud
 }
 
 template <int kThreads>
-__device__ __forceinline__ void PairAnswer<kThreads>::Finish(const float* queries,
-                                                             const SelectCudaOutput& out, int row) {
-  Answer(queries, Writer{out, row});
+__device__ __forceinline__ void PairAnswer<kThreads>::Finish(const SelectCudaOutput& out, int row) {
+  Answer(Writer{out, row});
 }
 
 template <int kThreads>
 template <typename Taker>
-__device__ __forceinline__ void PairAnswer<kThreads>::Answer(const float* queries,
-                                                             const Taker& taker) {
-  PrepareQueries(queries);
-  ClusterWait(plan_.blocks);
+__device__ __forceinline__ void PairAnswer<kThreads>::Answer(const Taker& taker) {
   ScoreCentroids();
   ClusterArrive(plan_.blocks);
   ScoreSinks();

@@ -205,9 +205,10 @@ __device__ __forceinline__ float4 Exp2Of4(float4 x, float4 shift) {
 // -------------------------------------------------------------------------------------
 
 // One object per thread; all threads of all blocks of the pair's cluster construct it and call
-// Begin, then Finish, together. `offset`: where in dynamic shared memory (SharedMemory()) are
-// plan.shared_bytes for it, the same in each block, a multiple of 16; free again when Finish
-// returns. kThreads: of a block.
+// Begin, PrepareQueries, then Finish, together. After all have begun and before one finishes there
+// is a barrier of the cluster, the caller's. `offset`: where in dynamic shared memory
+// (SharedMemory()) are plan.shared_bytes for it, the same in each block, a multiple of 16; free
+// again when Finish returns. kThreads: of a block.
 template <int kThreads>
 class PairAnswer {
   static constexpr int kWarps = kThreads / kWarp;
@@ -226,17 +227,18 @@ class PairAnswer {
   // Everything that the queries are not needed for: asks for the first centroids, reads sizes. A
   // resident kernel calls it before the queries are there.
   __device__ __forceinline__ void Begin(const SelectCudaPair& pair);
-  // Answers: row `row` of `out`. `queries` [group, 128]. The results are written when all threads
-  // of all blocks have returned; a fence is the caller's.
-  __device__ __forceinline__ void Finish(const float* queries, const SelectCudaOutput& out,
-                                         int row);
+  // [group, 128].
+  __device__ __forceinline__ void PrepareQueries(const float* queries);
+  // Answers: row `row` of `out`. The results are written when all threads of all blocks have
+  // returned; a fence is the caller's.
+  __device__ __forceinline__ void Finish(const SelectCudaOutput& out, int row);
   // As Finish, for a caller that takes the results where they are, with all threads of a block:
   //   taker.Exact(answer)       of the last block, when the exact zone is known and the state is
   //                             not; may have barriers of the block
   //   taker.Selection(answer)   of the last block
   //   taker.State(answer, any)  of every block; any: the state is not empty
   template <typename Taker>
-  __device__ __forceinline__ void Answer(const float* queries, const Taker& taker);
+  __device__ __forceinline__ void Answer(const Taker& taker);
   // For takers. Exact token i, counted from 0: its part and its head-local slot there.
   __device__ __forceinline__ int rank() const { return rank_; }
   __device__ __forceinline__ int ExactCount() const { return s_.exact_count; }
@@ -319,7 +321,6 @@ class PairAnswer {
   __device__ __forceinline__ unsigned char* CentroidRing(int turn) const;
   __device__ __forceinline__ void FetchCentroids(int turn);
   __device__ __forceinline__ void MultiplySlice(int slice, int turn, float (&sums)[4][4]);
-  __device__ __forceinline__ void PrepareQueries(const float* queries);
   __device__ __forceinline__ void PrepareCodeQueries();
   __device__ __forceinline__ float4 TileRow(float (&sum)[4]) const;
   __device__ __forceinline__ void Publish(float4* rows, int row, float4 logits);
