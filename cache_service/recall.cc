@@ -2,9 +2,11 @@
 
 #include <algorithm>
 #include <utility>
+#include <vector>
 
 #include "absl/strings/str_cat.h"
 #include "cache_service/errors.h"
+#include "kernels/base/element_type.h"
 #include "kernels/base/status_macros.h"
 
 namespace clusterkv::cache_service {
@@ -65,12 +67,17 @@ absl::Status CheckHead(const LayerSnapshot& snapshot, const kernels::KvShape& sh
   return absl::OkStatus();
 }
 
-void PackFloats(const kernels::PagedView& view, int64_t first, int64_t count, v1::Vector* vector) {
+// Rows of halves as floats.
+void PackHalves(const kernels::PagedView& view, int64_t first, int64_t count, v1::Vector* vector) {
   vector->set_type(v1::ELEMENT_TYPE_FLOAT32);
-  kernels::ForEachRun(view, first, first + count, [&](const std::byte* from, int64_t, int64_t n) {
-    vector->mutable_data()->append(reinterpret_cast<const char*>(from),
-                                   static_cast<size_t>(n * view.element_bytes));
-  });
+  const int64_t row = view.element_bytes / static_cast<int64_t>(sizeof(uint16_t));
+  std::vector<float> floats(static_cast<size_t>(count * row));
+  kernels::ForEachRun(view, first, first + count,
+                      [&](const std::byte* run, int64_t index, int64_t n) {
+                        kernels::HalvesToFloat(reinterpret_cast<const uint16_t*>(run), n * row,
+                                               &floats[static_cast<size_t>((index - first) * row)]);
+                      });
+  vector->set_data(floats.data(), floats.size() * sizeof(float));
 }
 
 }  // namespace
@@ -159,7 +166,7 @@ std::vector<v1::IndexChunk> DescribeIndex(const SequenceParams& params,
                                               *view.cluster_begin.As<int32_t>(at)));
       }
       if (request.want_centroids()) {
-        PackFloats(view.centroids, head * view.clusters, view.clusters, chunk.mutable_centroids());
+        PackHalves(view.centroids, head * view.clusters, view.clusters, chunk.mutable_centroids());
         // The first of a head's three rows of channels is the metric's weight.
         v1::Vector* weights = chunk.mutable_metric_weights();
         weights->set_type(v1::ELEMENT_TYPE_FLOAT32);
@@ -167,7 +174,7 @@ std::vector<v1::IndexChunk> DescribeIndex(const SequenceParams& params,
                           static_cast<size_t>(params.shape.head_dim) * sizeof(float));
       }
       if (request.want_value_means()) {
-        PackFloats(view.value_means, head * view.clusters, view.clusters,
+        PackHalves(view.value_means, head * view.clusters, view.clusters,
                    chunk.mutable_value_means());
       }
       if (!request.want_positions()) continue;

@@ -225,6 +225,16 @@ __device__ __forceinline__ uint16_t FloatToHalfBits(float value) {  // nearest e
 #endif
 }
 
+// Beyond the largest half: that one, as FloatToHalfSaturated. NaN stays NaN.
+__device__ __forceinline__ float ClampToHalf(float value) {
+  if (value > kLargestHalf) value = kLargestHalf;
+  if (value < -kLargestHalf) value = -kLargestHalf;
+  return value;
+}
+__device__ __forceinline__ uint16_t FloatToHalfBitsSaturated(float value) {
+  return FloatToHalfBits(ClampToHalf(value));
+}
+
 __device__ __forceinline__ float BFloat16BitsToFloat(uint16_t value) {
   return __uint_as_float(static_cast<uint32_t>(value) << 16);
 }
@@ -238,6 +248,11 @@ __device__ __forceinline__ uint32_t PackHalves(float low, float high) {
   asm("cvt.rn.f16x2.f32 %0, %1, %2;" : "=r"(both) : "f"(high), "f"(low));
   return both;
 #endif
+}
+
+// FloatToHalfBitsSaturated of both.
+__device__ __forceinline__ uint32_t PackHalvesSaturated(float low, float high) {
+  return PackHalves(ClampToHalf(low), ClampToHalf(high));
 }
 
 // Splits a and b in halves that sum to them within 2^-22 of their size: hi and lo each hold a's in
@@ -351,31 +366,6 @@ void EmulateMma(float (&d)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b1,
     d[i] = static_cast<float>(sum / scale);
   }
 }
-// m16n8k8 in tf32, of whose operands the unit reads the leading 19 bits.
-inline void EmulateMmaTf32(float (&d)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b1) {
-  const uint32_t words[6] = {a[0], a[1], a[2], a[3], b0, b1};
-  uint32_t all[32][8];
-  cuda_emulator::Exchange(kFullMask, words, 6, all);
-  const int r = cuda_emulator::current->lane / 4, t = cuda_emulator::current->lane % 4;
-  for (int i = 0; i < 4; ++i) {
-    const int row = r + (i / 2) * 8, column = 2 * t + i % 2;
-    double terms[9] = {d[i]};
-    int largest = ExponentOf(__float_as_uint(d[i]) >> 23 & 0xffu, 127);
-    for (int k = 0; k < 8; ++k) {
-      const uint32_t a_word = all[row % 8 * 4 + k % 4][row / 8 + k / 4 * 2] & 0xffffe000u;
-      const uint32_t b_word = all[column * 4 + k % 4][4 + k / 4] & 0xffffe000u;
-      terms[k + 1] = static_cast<double>(__uint_as_float(a_word)) * __uint_as_float(b_word);
-      if (terms[k + 1] != 0) {
-        largest = std::max(
-            largest, ExponentOf(a_word >> 23 & 0xffu, 127) + ExponentOf(b_word >> 23 & 0xffu, 127));
-      }
-    }
-    const double scale = std::ldexp(1.0, kMmaBits - largest);
-    double sum = 0;
-    for (double term : terms) sum += std::trunc(term * scale);
-    d[i] = static_cast<float>(sum / scale);
-  }
-}
 inline int HalfExponent(uint16_t bits) { return ExponentOf(bits >> 10 & 0x1fu, 15); }
 inline int BFloat16Exponent(uint16_t bits) { return ExponentOf(bits >> 7 & 0xffu, 127); }
 #endif
@@ -401,22 +391,6 @@ __device__ __forceinline__ void MmaBFloat16(float (&d)[4], const uint32_t (&a)[4
 #else
   asm volatile(
       "mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32 {%0,%1,%2,%3}, {%4,%5,%6,%7}, {%8,%9}, "
-      "{%0,%1,%2,%3};\n"
-      : "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3])
-      : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1));
-#endif
-}
-
-// d [16 × 8] += a [16 × 8] · b [8 × 8] in tf32, the leading 19 bits of floats: a[0..3] are (row,
-// column) (r, t), (r + 8, t), (r, t + 4), (r + 8, t + 4); b[0..1] are (row t, column r), (row t +
-// 4, column r); d as in MmaHalf.
-__device__ __forceinline__ void MmaTf32(float (&d)[4], const uint32_t (&a)[4], uint32_t b0,
-                                        uint32_t b1) {
-#ifdef CLUSTERKV_CUDA_EMULATOR
-  EmulateMmaTf32(d, a, b0, b1);
-#else
-  asm volatile(
-      "mma.sync.aligned.m16n8k8.row.col.f32.tf32.tf32.f32 {%0,%1,%2,%3}, {%4,%5,%6,%7}, {%8,%9}, "
       "{%0,%1,%2,%3};\n"
       : "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3])
       : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1));

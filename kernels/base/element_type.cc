@@ -69,6 +69,13 @@ HWY_ATTR VU16 NarrowToHalf(VF32 value) {
   return hn::DemoteTo(DU16(), hn::Or(half, hn::BitCast(di, sign)));
 }
 
+HWY_ATTR VU16 NarrowToHalfSaturated(VF32 value) {
+  const VF32 largest = hn::Set(DF32(), kLargestHalf), least = hn::Neg(largest);
+  // Comparisons with NaN are false, so that a NaN passes.
+  value = hn::IfThenElse(hn::Gt(value, largest), largest, value);
+  return NarrowToHalf(hn::IfThenElse(hn::Lt(value, least), least, value));
+}
+
 HWY_ATTR VU16 NarrowToBFloat16(VF32 value) {
   const DU32 du;
   const DI32 di;
@@ -104,15 +111,13 @@ HWY_ATTR void WidenAll(const std::byte* from, int64_t count, float* to) {
   std::memcpy(to + i, target, sizeof(float) * (count - i));
 }
 
-template <bool kHalf>
+template <VU16 (*kNarrow)(VF32)>
 HWY_ATTR void NarrowAll(const float* from, int64_t count, std::byte* to) {
   const DF32 df;
   const DU16 du16;
   const int64_t lanes = static_cast<int64_t>(hn::Lanes(df));
-  const auto narrow = [&](const float* source, uint16_t* target) HWY_ATTR {
-    const VF32 values = hn::LoadU(df, source);
-    hn::StoreU(kHalf ? NarrowToHalf(values) : NarrowToBFloat16(values), du16, target);
-  };
+  const auto narrow = [&](const float* source, uint16_t* target)
+                          HWY_ATTR { hn::StoreU(kNarrow(hn::LoadU(df, source)), du16, target); };
   int64_t i = 0;
   for (; i + lanes <= count; i += lanes) {
     narrow(from + i, reinterpret_cast<uint16_t*>(to + 2 * i));
@@ -152,10 +157,13 @@ void WidenBFloat16s(const std::byte* from, int64_t count, float* to) {
   WidenAll<false>(from, count, to);
 }
 void NarrowToHalves(const float* from, int64_t count, std::byte* to) {
-  NarrowAll<true>(from, count, to);
+  NarrowAll<NarrowToHalf>(from, count, to);
+}
+void NarrowToHalvesSaturated(const float* from, int64_t count, std::byte* to) {
+  NarrowAll<NarrowToHalfSaturated>(from, count, to);
 }
 void NarrowToBFloat16s(const float* from, int64_t count, std::byte* to) {
-  NarrowAll<false>(from, count, to);
+  NarrowAll<NarrowToBFloat16>(from, count, to);
 }
 int64_t FirstSuspectBlock16(const std::byte* from, int64_t count, uint16_t mask) {
   return FirstSuspectBlock<uint16_t>(from, count, mask);
@@ -174,6 +182,7 @@ namespace {
 HWY_EXPORT(WidenHalves);
 HWY_EXPORT(WidenBFloat16s);
 HWY_EXPORT(NarrowToHalves);
+HWY_EXPORT(NarrowToHalvesSaturated);
 HWY_EXPORT(NarrowToBFloat16s);
 HWY_EXPORT(FirstSuspectBlock16);
 HWY_EXPORT(FirstSuspectBlock32);
@@ -245,8 +254,8 @@ uint16_t FloatToHalf(float value) {
 
 uint16_t FloatToHalfSaturated(float value) {
   // Comparisons with NaN are false, so that a NaN passes.
-  if (value > 65504.0f) value = 65504.0f;
-  if (value < -65504.0f) value = -65504.0f;
+  if (value > kLargestHalf) value = kLargestHalf;
+  if (value < -kLargestHalf) value = -kLargestHalf;
   return FloatToHalf(value);
 }
 
@@ -306,6 +315,15 @@ void FromFloat(const float* from, ElementType type, int64_t count, std::byte* to
       HWY_DYNAMIC_DISPATCH(NarrowToBFloat16s)(from, count, to);
       return;
   }
+}
+
+void HalvesToFloat(const uint16_t* from, int64_t count, float* to) {
+  ToFloat(reinterpret_cast<const std::byte*>(from), ElementType::kFloat16, count, to);
+}
+
+void FloatToHalvesSaturated(const float* from, int64_t count, uint16_t* to) {
+  if (count <= 0) return;
+  HWY_DYNAMIC_DISPATCH(NarrowToHalvesSaturated)(from, count, reinterpret_cast<std::byte*>(to));
 }
 
 bool AllFinite(const std::byte* from, ElementType type, int64_t count, int64_t* first_bad) {

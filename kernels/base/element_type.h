@@ -18,8 +18,9 @@ constexpr int ElementBytes(ElementType type) { return type == ElementType::kFloa
 // "fp32", "fp16", "bf16".
 std::string_view ElementTypeName(ElementType type);
 
+constexpr float kLargestHalf = 65504.0f;  // finite
 float HalfToFloat(uint16_t half);
-// Beyond the largest half: infinity. FloatToHalfSaturated clamps to ±65504 instead.
+// Beyond the largest half: infinity. FloatToHalfSaturated clamps to it instead.
 uint16_t FloatToHalf(float value);
 uint16_t FloatToHalfSaturated(float value);
 float BFloat16ToFloat(uint16_t value);
@@ -33,6 +34,9 @@ void StoreElement(float value, std::byte* element, ElementType type);
 void ToFloat(const std::byte* from, ElementType type, int64_t count, float* to);
 // Converts `count` floats to `type`, rounding to nearest even. SIMD.
 void FromFloat(const float* from, ElementType type, int64_t count, std::byte* to);
+// HalfToFloat and FloatToHalfSaturated of `count` elements. SIMD.
+void HalvesToFloat(const uint16_t* from, int64_t count, float* to);
+void FloatToHalvesSaturated(const float* from, int64_t count, uint16_t* to);
 // True if none of `count` elements is NaN or infinite. SIMD. On false, *first_bad (may be null) is
 // the index of the first such element.
 bool AllFinite(const std::byte* from, ElementType type, int64_t count, int64_t* first_bad);

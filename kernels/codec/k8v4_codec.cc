@@ -36,7 +36,6 @@ namespace clusterkv::kernels::HWY_NAMESPACE {
 template <int kBits>
 void EncodeRange(int64_t head_dim, float* HWY_RESTRICT x, std::byte* HWY_RESTRICT meta,
                  float* scale, float* zero) {
-  constexpr float kLargestHalf = 65504.0f;
   const CodeFloatTag d;
   const int64_t lanes = static_cast<int64_t>(hn::Lanes(d));
   auto lowest = hn::Set(d, kLargestHalf);

@@ -14,8 +14,6 @@
 
 namespace clusterkv::kernels::cuda {
 
-constexpr float kLargestHalf = 65504.0f;
-
 // Where a thread stands in its warp's units.
 struct UnitLane {
   int lanes;     // of a unit: head_dim / 16
@@ -84,10 +82,6 @@ __device__ __forceinline__ void LanesRange(int first, int count, float* low, flo
   }
   *low = least;
   *high = greatest;
-}
-
-__device__ __forceinline__ uint16_t FloatToHalfBitsSaturated(float x) {
-  return FloatToHalfBits(fminf(fmaxf(x, -kLargestHalf), kLargestHalf));
 }
 
 // Codes of kBits for `count` lanes' x, which is clamped to fp16's range: one range for all of them,

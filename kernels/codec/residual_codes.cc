@@ -26,7 +26,6 @@ template <int kBits>
 void EncodeHalf(int64_t head_dim, int64_t group_channels, const float* HWY_RESTRICT residual,
                 const float* HWY_RESTRICT balance, std::byte* HWY_RESTRICT scales,
                 std::byte* HWY_RESTRICT lows, std::byte* HWY_RESTRICT packed) {
-  constexpr float kLargestHalf = 65504.0f;
   constexpr float kLevels = (1 << kBits) - 1;
   const CodeFloatTag d;
   const CodeWordTag du;

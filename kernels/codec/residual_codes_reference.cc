@@ -10,8 +10,6 @@
 namespace clusterkv::kernels {
 namespace {
 
-constexpr float kLargestHalf = 65504.0f;
-
 void StoreHalf(float value, std::byte* halves, int64_t index) {
   const uint16_t half = FloatToHalfSaturated(value);
   std::memcpy(halves + 2 * index, &half, 2);

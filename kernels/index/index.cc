@@ -78,7 +78,8 @@ IndexLayout MakeIndexLayout(const KvShape& shape, const IndexParams& params,
   CKV_CHECK(tokens >= 1) << tokens;
   const int64_t heads = shape.kv_heads;
   const int64_t clusters = ClusterCapacity(params, tokens);
-  const int64_t row_bytes = shape.head_dim * static_cast<int64_t>(sizeof(float));
+  const int64_t row_bytes = shape.head_dim * static_cast<int64_t>(sizeof(uint16_t));
+  const int64_t channel_bytes = shape.head_dim * static_cast<int64_t>(sizeof(float));
   const int64_t index_bytes = sizeof(int32_t);
   const bool has_codes = params.codes.bits != 0;
   const int64_t remainder_bytes = codec.RemainderBytes(shape.element_type, shape.head_dim);
@@ -90,7 +91,7 @@ IndexLayout MakeIndexLayout(const KvShape& shape, const IndexParams& params,
            {"codes", has_codes ? CodesBytes(params.codes, shape.head_dim) : 0,
             has_codes ? heads * tokens : 0},
            {"records", codec.RecordBytes(shape.element_type, shape.head_dim), heads * tokens},
-           {"channels", 3 * row_bytes, heads},
+           {"channels", 3 * channel_bytes, heads},
            {"remainders", remainder_bytes, remainder_bytes > 0 ? heads * tokens : 0}}};
 }
 

@@ -6,8 +6,8 @@
 // are views:
 //
 //   array          element            index                 size
-//   centroids      [head_dim] float   h * clusters + c      kv_heads * clusters
-//   value_means    [head_dim] float   h * clusters + c      kv_heads * clusters
+//   centroids      [head_dim] half    h * clusters + c      kv_heads * clusters
+//   value_means    [head_dim] half    h * clusters + c      kv_heads * clusters
 //   cluster_begin  int32              h * (clusters+1) + c  kv_heads * (clusters + 1)
 //   positions      int32              h * tokens + slot     kv_heads * tokens
 //   slots          int32              h * tokens + (p - first_token)   kv_heads * tokens
@@ -21,6 +21,11 @@
 // cluster_begin[c+1]), by ascending position within the cluster. positions[slot] is the token's
 // absolute position in the sequence; slots is its inverse. Centroids are in the metric's space (key
 // times metric weight); an empty cluster has cluster_begin[c] == cluster_begin[c+1].
+//
+// Centroids and value means are IEEE half precision: k-means works in float, and what it ends with
+// is rounded to the nearest half, ties to even; beyond the largest half, 65,504, it becomes that
+// one. Everything that refers to them (residuals, codes, balances, logits, states) refers to the
+// rounded numbers, so that codes take up the rounding.
 //
 // Thread-safety: views are values; building writes only what it is given.
 #ifndef CLUSTERKV_KERNELS_INDEX_INDEX_H_

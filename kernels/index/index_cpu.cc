@@ -128,13 +128,19 @@ class Builder {
     }
     cluster_counts_[head * segments_.size() + s] = clusters.sizes.size();
     WriteOrder(head, segment, clusters);
-    const std::vector<float> value_means = ValueMeans(head, segment, clusters);
+    std::vector<float> value_means = ValueMeans(head, segment, clusters);
     for (size_t c = 0; c < clusters.sizes.size(); ++c) {
       const int64_t at = head * part_.clusters + segment.first_cluster + c;
-      std::copy_n(&clusters.centroids[c * dim_], dim_, part_.centroids.As<float>(at));
-      std::copy_n(&value_means[c * dim_], dim_, part_.value_means.As<float>(at));
+      StoreRow(&clusters.centroids[c * dim_], part_.centroids.As<uint16_t>(at));
+      StoreRow(&value_means[c * dim_], part_.value_means.As<uint16_t>(at));
     }
     if (computes_balance_) SumSquares(head, s, clusters, value_means);
+  }
+
+  // Stores row [head_dim], which then holds what was stored of it.
+  void StoreRow(float* row, uint16_t* stored) const {
+    FloatToHalvesSaturated(row, dim_, stored);
+    HalvesToFloat(stored, dim_, row);
   }
 
   // A segment's tokens are the slots of the same numbers: counting sort, so that positions ascend
@@ -175,7 +181,8 @@ class Builder {
     return means;
   }
 
-  // The segment's share of the sums that the balances are made of.
+  // The segment's share of the sums that the balances are made of, from centroids and means as they
+  // are stored.
   void SumSquares(int64_t head, int64_t s, const SegmentClusters& clusters,
                   const std::vector<float>& value_means) {
     double* key_squares = &squares_[(head * segments_.size() + s) * 2 * dim_];
@@ -204,15 +211,15 @@ class Builder {
       const int64_t count = cluster_counts_[head * segments_.size() + s];
       for (int64_t c = 0; c < count; ++c, ++from, ++to) {
         if (from == to) continue;
-        std::copy_n(part_.centroids.As<float>(from), dim_, part_.centroids.As<float>(to));
-        std::copy_n(part_.value_means.As<float>(from), dim_, part_.value_means.As<float>(to));
+        std::copy_n(part_.centroids.As<uint16_t>(from), dim_, part_.centroids.As<uint16_t>(to));
+        std::copy_n(part_.value_means.As<uint16_t>(from), dim_, part_.value_means.As<uint16_t>(to));
         // cluster_begin has one element more per head.
         *part_.cluster_begin.As<int32_t>(to + head) = *part_.cluster_begin.As<int32_t>(from + head);
       }
     }
     for (; to < (head + 1) * part_.clusters; ++to) {
-      std::fill_n(part_.centroids.As<float>(to), dim_, 0.0f);
-      std::fill_n(part_.value_means.As<float>(to), dim_, 0.0f);
+      std::fill_n(part_.centroids.As<uint16_t>(to), dim_, uint16_t{0});
+      std::fill_n(part_.value_means.As<uint16_t>(to), dim_, uint16_t{0});
       *part_.cluster_begin.As<int32_t>(to + head) = static_cast<int32_t>(part_.tokens);
     }
     *part_.cluster_begin.As<int32_t>(to + head) = static_cast<int32_t>(part_.tokens);
@@ -238,6 +245,8 @@ class Builder {
     std::vector<std::byte> keys(kChunkSlots * row_bytes), values(keys.size());
     std::vector<float> key_residuals(kChunkSlots * dim_), value_residuals(key_residuals.size());
     int64_t cluster = ClusterOfSlot(head, begin);
+    float centroid[kMaxHeadDim], mean[kMaxHeadDim];
+    LoadCluster(head, cluster, centroid, mean);
     for (int64_t first = begin; first < end; first += kChunkSlots) {
       const int64_t count = std::min(kChunkSlots, end - first);
       for (int64_t i = 0; i < count; ++i) {
@@ -246,8 +255,11 @@ class Builder {
         std::memcpy(&keys[i * row_bytes], HeadRow(shape_, input_.keys, token, head), row_bytes);
         std::memcpy(&values[i * row_bytes], HeadRow(shape_, input_.values, token, head), row_bytes);
         if (params_.codes.bits == 0) continue;
-        while (ClusterBegin(head, cluster + 1) <= first + i) ++cluster;
-        LoadResiduals(head, token, cluster, &key_residuals[i * dim_], &value_residuals[i * dim_]);
+        while (ClusterBegin(head, cluster + 1) <= first + i) {
+          LoadCluster(head, ++cluster, centroid, mean);
+        }
+        LoadResiduals(head, token, centroid, mean, &key_residuals[i * dim_],
+                      &value_residuals[i * dim_]);
       }
       EncodeRecords(head * part_.tokens + first, count, keys.data(), values.data());
       if (params_.codes.bits == 0) continue;
@@ -283,10 +295,14 @@ class Builder {
     });
   }
 
-  void LoadResiduals(int64_t head, int64_t token, int64_t cluster, float* key_residual,
-                     float* value_residual) const {
-    const float* centroid = part_.centroids.As<float>(head * part_.clusters + cluster);
-    const float* mean = part_.value_means.As<float>(head * part_.clusters + cluster);
+  void LoadCluster(int64_t head, int64_t cluster, float* centroid, float* mean) const {
+    const int64_t at = head * part_.clusters + cluster;
+    HalvesToFloat(part_.centroids.As<uint16_t>(at), dim_, centroid);
+    HalvesToFloat(part_.value_means.As<uint16_t>(at), dim_, mean);
+  }
+
+  void LoadResiduals(int64_t head, int64_t token, const float* centroid, const float* mean,
+                     float* key_residual, float* value_residual) const {
     LoadKey(head, token, key_residual);
     LoadValue(head, token, value_residual);
     for (int64_t d = 0; d < dim_; ++d) {

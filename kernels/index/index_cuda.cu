@@ -169,6 +169,11 @@ __global__ void FillProblemsKernel(const __grid_constant__ Plan plan, unsigned c
   *plan.At<KMeansCudaProblem>(workspace, plan.problems, i) = problem;
 }
 
+// Four channels of a centroid or value mean as they are stored; `to` aligned to 8.
+__device__ __forceinline__ void StoreHalves(float a, float b, float c, float d, uint16_t* to) {
+  *reinterpret_cast<uint2*>(to) = make_uint2(PackHalvesSaturated(a, b), PackHalvesSaturated(c, d));
+}
+
 // Positions and slots by slot; cluster begins and centroids by cluster.
 __global__ void __launch_bounds__(kThreads)
     ArrangeKernel(const __grid_constant__ Plan plan, unsigned char* workspace) {
@@ -195,9 +200,9 @@ __global__ void __launch_bounds__(kThreads)
   }
   for (int i = thread; i < clusters * (dim / 4); i += threads) {
     const int c = i / (dim / 4), j = i % (dim / 4) * 4;
-    *reinterpret_cast<float4*>(plan.part.centroids.As<float>(plan.Cluster(head, c)) + j) =
-        *plan.At<float4>(workspace, plan.centroids,
-                         (static_cast<int64_t>(plan.Cluster(head, c)) * dim + j) / 4);
+    const float4 x = *plan.At<float4>(workspace, plan.centroids,
+                                      (static_cast<int64_t>(plan.Cluster(head, c)) * dim + j) / 4);
+    StoreHalves(x.x, x.y, x.z, x.w, plan.part.centroids.As<uint16_t>(plan.Cluster(head, c)) + j);
   }
 }
 
@@ -238,14 +243,16 @@ __global__ void __launch_bounds__(kThreads)
       }
     }
   }
-  float* to = plan.part.value_means.As<float>(plan.Cluster(head, c));
+  uint16_t* to = plan.part.value_means.As<uint16_t>(plan.Cluster(head, c));
 #pragma unroll
   for (int v = 0; v < kVectors; ++v) {
+    float mean[4];
 #pragma unroll
     for (int i = 0; i < 4; ++i) {
-      const int j = 4 * (lane + v * kWarp) + i;
-      if (j < dim) to[j] = begin < end ? static_cast<float>(sum[v][i] / (end - begin)) : 0.0f;
+      mean[i] = begin < end ? static_cast<float>(sum[v][i] / (end - begin)) : 0.0f;
     }
+    const int j = 4 * (lane + v * kWarp);
+    if (j < dim) StoreHalves(mean[0], mean[1], mean[2], mean[3], to + j);
   }
 }
 
@@ -256,8 +263,8 @@ __global__ void __launch_bounds__(kThreads)
 struct SlotRows {
   const unsigned char* key;
   const unsigned char* value;
-  const float* centroid;
-  const float* mean;
+  const uint16_t* centroid;
+  const uint16_t* mean;
 };
 
 // Squares of K and V residuals summed over a run of slots, a thread per channel.
@@ -271,7 +278,8 @@ __global__ void SumResidualsKernel(const __grid_constant__ Plan plan, unsigned c
     const int token = plan.TokenOfSlot(workspace, head, begin + i);
     const uint32_t cluster = plan.Cluster(head, plan.ClusterOfToken(workspace, head, token));
     rows[i] = {plan.Key(head, token), plan.Value(head, token),
-               plan.part.centroids.As<float>(cluster), plan.part.value_means.As<float>(cluster)};
+               plan.part.centroids.As<uint16_t>(cluster),
+               plan.part.value_means.As<uint16_t>(cluster)};
   }
   __syncthreads();
   for (int j = threadIdx.x; j < dim; j += static_cast<int>(blockDim.x)) {
@@ -281,8 +289,8 @@ __global__ void SumResidualsKernel(const __grid_constant__ Plan plan, unsigned c
     for (int i = 0; i < count; ++i) {
       const SlotRows row = rows[i];
       const float key = __fmul_rn(LoadAsFloat(row.key, type, j), weight);
-      const double k = __fsub_rn(key, row.centroid[j]);
-      const double v = __fsub_rn(LoadAsFloat(row.value, type, j), row.mean[j]);
+      const double k = __fsub_rn(key, HalfBitsToFloat(row.centroid[j]));
+      const double v = __fsub_rn(LoadAsFloat(row.value, type, j), HalfBitsToFloat(row.mean[j]));
       keys += k * k;
       values += v * v;
     }
@@ -305,18 +313,21 @@ __global__ void BalanceKernel(const __grid_constant__ Plan plan, unsigned char* 
 // ---- codes and records
 // -------------------------------------------------------------------------------
 
-// Codes of one half (0: K, 1: V) of a token: x [16] the unit's row, weighted. Lanes with `codes`
-// null write nothing.
+// Codes of one half (0: K, 1: V) of a token: x [16] the unit's row, weighted; `base` its cluster's
+// centroid or value mean. Lanes with `codes` null write nothing.
 template <int kBits>
 __device__ __forceinline__ void EncodeCodes(const Plan& plan, const UnitLane& at, int half,
-                                            const float* base, const float* balance,
+                                            const unsigned char* base, const float* balance,
                                             float (&x)[kCodeBlock], unsigned char* codes) {
   const int dim = plan.params.head_dim;
   const CodesLayout layout = MakeCodesLayout(kBits, plan.params.group_channels, dim);
+  RowBlock base_row;
+  base_row.Load(base, ElementType::kFloat16, at.block);
+  float of_cluster[kCodeBlock];
+  base_row.ToFloats(ElementType::kFloat16, of_cluster);
 #pragma unroll
   for (int i = 0; i < kCodeBlock; ++i) {
-    const int j = at.block * kCodeBlock + i;
-    x[i] = __fmul_rn(__fsub_rn(x[i], base[j]), balance[j]);
+    x[i] = __fmul_rn(__fsub_rn(x[i], of_cluster[i]), balance[at.block * kCodeBlock + i]);
   }
   const int in_group = at.block % layout.group_blocks, group = at.block / layout.group_blocks;
   uint32_t packed[kCodeBlock];
@@ -359,11 +370,9 @@ __global__ void __launch_bounds__(kThreads)
         x[i] = __fmul_rn(x[i], channels[at.block * kCodeBlock + i]);
       }
     }
-    EncodeCodes<kBits>(plan, at, half,
-                       half == 0 ? plan.part.centroids.As<float>(cluster)
-                                 : plan.part.value_means.As<float>(cluster),
-                       channels + (1 + half) * p.head_dim, x,
-                       works ? plan.part.codes.At(out) : nullptr);
+    EncodeCodes<kBits>(
+        plan, at, half, (half == 0 ? plan.part.centroids : plan.part.value_means).At(cluster),
+        channels + (1 + half) * p.head_dim, x, works ? plan.part.codes.At(out) : nullptr);
   }
   constexpr bool kRemains = kFormat == RecordFormat::kK8V4;
   EncodeRecordHalf<kFormat>(at, row, half, p.element_type, p.head_dim,

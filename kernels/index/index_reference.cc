@@ -51,11 +51,11 @@ std::vector<float> MetricWeights(const KvShape& shape, const IndexInput& input,
 
 // What BuildHead makes before it writes.
 struct Head {
-  std::vector<float> keys, values;            // [tokens, head_dim], keys weighted
-  std::vector<int32_t> labels;                // [tokens], cluster of the part
-  std::vector<float> centroids, value_means;  // [clusters, head_dim]
-  std::vector<int32_t> sizes;                 // [clusters]
-  std::vector<float> channels;                // [3, head_dim]
+  std::vector<float> keys, values;               // [tokens, head_dim], keys weighted
+  std::vector<int32_t> labels;                   // [tokens], cluster of the part
+  std::vector<uint16_t> centroids, value_means;  // [clusters, head_dim] half
+  std::vector<int32_t> sizes;                    // [clusters]
+  std::vector<float> channels;                   // [3, head_dim]
 };
 
 absl::Status ClusterHead(const KvShape& shape, const IndexParams& params, int64_t tokens,
@@ -71,12 +71,12 @@ absl::Status ClusterHead(const KvShape& shape, const IndexParams& params, int64_
     const int32_t first = static_cast<int32_t>(h->sizes.size());
     for (int32_t label : clusters.labels) h->labels.push_back(first + label);
     h->sizes.insert(h->sizes.end(), clusters.sizes.begin(), clusters.sizes.end());
-    h->centroids.insert(h->centroids.end(), clusters.centroids.begin(), clusters.centroids.end());
+    for (float x : clusters.centroids) h->centroids.push_back(FloatToHalfSaturated(x));
   }
   // Clusters that the capacity leaves over: empty, centroid and value mean 0.
   const int64_t capacity = ClusterCapacity(params, tokens);
   h->sizes.resize(capacity, 0);
-  h->centroids.resize(capacity * shape.head_dim, 0.0f);
+  h->centroids.resize(capacity * shape.head_dim, 0);
   std::vector<double> sums(capacity * shape.head_dim, 0.0);
   for (int64_t t = 0; t < tokens; ++t) {
     for (int64_t d = 0; d < shape.head_dim; ++d) {
@@ -85,17 +85,18 @@ absl::Status ClusterHead(const KvShape& shape, const IndexParams& params, int64_
   }
   for (size_t i = 0; i < sums.size(); ++i) {
     const int32_t size = h->sizes[i / shape.head_dim];
-    h->value_means.push_back(size > 0 ? static_cast<float>(sums[i] / size) : 0.0f);
+    const float mean = size > 0 ? static_cast<float>(sums[i] / size) : 0.0f;
+    h->value_means.push_back(FloatToHalfSaturated(mean));
   }
   return absl::OkStatus();
 }
 
 // rows [tokens, head_dim] minus their cluster's row of `bases`.
-std::vector<float> Residuals(const std::vector<float>& rows, const std::vector<float>& bases,
+std::vector<float> Residuals(const std::vector<float>& rows, const std::vector<uint16_t>& bases,
                              const std::vector<int32_t>& labels, int64_t head_dim) {
   std::vector<float> out;
   for (size_t i = 0; i < rows.size(); ++i) {
-    out.push_back(rows[i] - bases[labels[i / head_dim] * head_dim + i % head_dim]);
+    out.push_back(rows[i] - HalfToFloat(bases[labels[i / head_dim] * head_dim + i % head_dim]));
   }
   return out;
 }
@@ -112,9 +113,9 @@ void WriteHead(const KvShape& shape, const IndexParams& params, const RecordCode
   std::copy(h->channels.begin(), h->channels.end(), part.channels.As<float>(head));
   int32_t begin = 0;
   for (int64_t c = 0; c < part.clusters; ++c) {
-    std::copy_n(&h->centroids[c * dim], dim, part.centroids.As<float>(head * part.clusters + c));
+    std::copy_n(&h->centroids[c * dim], dim, part.centroids.As<uint16_t>(head * part.clusters + c));
     std::copy_n(&h->value_means[c * dim], dim,
-                part.value_means.As<float>(head * part.clusters + c));
+                part.value_means.As<uint16_t>(head * part.clusters + c));
     *part.cluster_begin.As<int32_t>(head * (part.clusters + 1) + c) = begin;
     begin += h->sizes[c];
   }

@@ -41,10 +41,10 @@ __device__ __forceinline__ int ExclusiveSum(int x, int* sums, int* total) {
 }
 
 // `own`: the directory's entry threadIdx.x as it was before (any value from `slots` on); positions
-// [count] in shared memory, of distinct tokens, count <= slots and kMaxExact; a barrier since they
-// were written. Writes the entries in their new order to `directory` and fills scratch.slots and
-// scratch.missing. Returns how many are missing. By all kThreads threads, kThreads >= slots; ends
-// with a barrier.
+// [count] in shared memory, 16-byte aligned, of distinct tokens, count <= slots and kMaxExact,
+// which its size is; a barrier since they were written. Writes the entries in their new order to
+// `directory` and fills scratch.slots and scratch.missing. Returns how many are missing. By all
+// kThreads threads, kThreads >= slots; ends with a barrier.
 template <int kThreads>
 __device__ int Resolve(resident::DirectoryEntry own, int slots, const int* positions, int count,
                        resident::DirectoryEntry* directory, DirectoryScratch& scratch) {
@@ -54,11 +54,17 @@ __device__ int Resolve(resident::DirectoryEntry own, int slots, const int* posit
   __syncthreads();
   bool other = i < slots;
   if (other && own.position >= 0) {
-    for (int j = 0; j < count; ++j) {
-      if (positions[j] != own.position) continue;
-      scratch.slots[j] = own.slot;
-      other = false;
+    const uint32_t position = static_cast<uint32_t>(own.position);
+    int hit = -1;
+    for (int j = 0; j < count; j += 4) {
+      const uint4 four = *reinterpret_cast<const uint4*>(positions + j);
+      if (four.x == position) hit = j;
+      if (four.y == position) hit = j + 1;
+      if (four.z == position) hit = j + 2;
+      if (four.w == position) hit = j + 3;
     }
+    other = hit < 0;
+    if (!other) scratch.slots[hit] = own.slot;
   }
   int others;
   const int place = ExclusiveSum<kThreads>(other ? 1 : 0, scratch.sums[0], &others);

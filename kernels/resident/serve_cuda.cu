@@ -29,8 +29,8 @@ struct ServePlan {
 // A block's shared memory beside the answer's.
 struct Own {
   DirectoryScratch directory;
-  int32_t positions[resident::kMaxExact];             // of the exact tokens
-  const unsigned char* records[resident::kMaxExact];  // theirs
+  alignas(16) int32_t positions[resident::kMaxExact];  // of the exact tokens
+  const unsigned char* records[resident::kMaxExact];   // theirs
   uint64_t ticket;
   float came[kAnswerBlocks];  // of the cluster's blocks: 1: its queries are there
   float queries[kAnswerHeads * kAnswerDim];
@@ -81,8 +81,8 @@ __device__ void Prefetch(const ServePlan& plan, const SelectCudaPair& pair, int 
   (void)pair;
   (void)rank;
 #else
-  constexpr int kRowBytes = 4 * kAnswerDim, kLine = 128, kLines = kRowBytes / kLine;
-  int left = static_cast<int>(plan.params.prefetch_bytes / kRowBytes);  // rows of the pair
+  constexpr int kLine = 128, kLines = kAnswerRowBytes / kLine;
+  int left = static_cast<int>(plan.params.prefetch_bytes / kAnswerRowBytes);  // rows of the pair
   const int blocks = plan.answer.blocks;
   const auto rows = [&](const DevicePagedView& view, uint32_t first, int count) {
     const int tiles = (count + kAnswerTile - 1) / kAnswerTile;
@@ -156,14 +156,20 @@ struct Sender {
   const SelectCudaPair& pair;
   resident::DirectoryEntry before;  // the thread's entry of the directory
   Own& own;
+  int missing = 0;  // exact tokens whose records Exact sends
 
   __device__ int64_t Row() const {
     return int64_t{ticket.layer} * plan.params.shape.pairs + ticket.pair;
   }
 
-  // Resolves the directory, sends the records that the hot cache lacks and the slots of all: of
-  // those that it has at once, of the others when their records are there.
-  __device__ void Exact(PairAnswer<kThreads>& answer) const {
+  __device__ uint2* Entries() const {
+    return static_cast<uint2*>(plan.params.replies) +
+           int64_t{ticket.pair} * plan.params.shape.max_exact;
+  }
+
+  // Resolves the directory, sends the slots of the records that the hot cache has, and begins to
+  // send the records that it lacks.
+  __device__ void Exact(PairAnswer<kThreads>& answer) {
     const ServeParams& p = plan.params;
     const ResidentShape& s = p.shape;
     const int lane = threadIdx.x % kWarp, warp = threadIdx.x / kWarp;
@@ -177,36 +183,47 @@ struct Sender {
           static_cast<uint32_t>(slot);
       own.records[i] = part.records.At(element);
       own.positions[i] = *part.positions.As<int32_t>(element);
+    } else if (i < resident::kMaxExact) {
+      own.positions[i] = -1;
     }
     __syncthreads();
     resident::DirectoryEntry* directory =
         static_cast<resident::DirectoryEntry*>(p.directory) + Row() * s.slots;
-    const int missing =
-        Resolve<kThreads>(before, s.slots, own.positions, count, directory, own.directory);
-    uint2* entries = static_cast<uint2*>(p.replies) + int64_t{ticket.pair} * s.max_exact;
+    missing = Resolve<kThreads>(before, s.slots, own.positions, count, directory, own.directory);
     if (i < s.max_exact && !own.directory.missed[i]) {
-      StoreEntry(entries + i, i < count ? static_cast<uint32_t>(own.directory.slots[i]) : ~0u,
+      StoreEntry(Entries() + i, i < count ? static_cast<uint32_t>(own.directory.slots[i]) : ~0u,
                  ticket.flag);
     }
     unsigned char* cache = static_cast<unsigned char*>(p.hot_cache) +
                            Row() * s.slots * static_cast<int64_t>(plan.record_bytes);
-    if (warp >= missing) return;
     const int pieces = plan.record_bytes / 8;
     for (int m = warp; m < missing; m += kWarps) {
       const int token = own.directory.missing[m];
       const uint2* from = reinterpret_cast<const uint2*>(own.records[token]);
       uint2* to = reinterpret_cast<uint2*>(
           cache + static_cast<int64_t>(own.directory.slots[token]) * plan.record_bytes);
-      for (int j = lane; j < pieces; j += kWarp) to[j] = from[j];
+      for (int j = lane; j < pieces; j += 2 * kWarp) {
+        const bool two = j + kWarp < pieces;  // on their way at once
+        const uint2 first = from[j], second = two ? from[j + kWarp] : uint2{};
+        to[j] = first;
+        if (two) to[j + kWarp] = second;
+      }
     }
+  }
+
+  // The slots of the records that Exact sent: when they are there, which takes each warp that sent
+  // some as long as the link.
+  __device__ void Pushed(PairAnswer<kThreads>&) const {
+    const int lane = threadIdx.x % kWarp, warp = threadIdx.x / kWarp;
+    if (warp >= missing) return;
     __threadfence_system();
     __syncwarp();
     for (int m = warp + lane * kWarps; m < missing; m += kThreads) {
       const int token = own.directory.missing[m];
-      StoreEntry(entries + token, static_cast<uint32_t>(own.directory.slots[token]), ticket.flag);
+      StoreEntry(Entries() + token, static_cast<uint32_t>(own.directory.slots[token]), ticket.flag);
     }
     if (threadIdx.x == 0) {
-      atomicAdd(reinterpret_cast<unsigned long long*>(&p.control->pushed),
+      atomicAdd(reinterpret_cast<unsigned long long*>(&plan.params.control->pushed),
                 static_cast<unsigned long long>(missing));
     }
   }
@@ -265,8 +282,9 @@ __global__ void __launch_bounds__(kThreads, 1) ServeKernel(const __grid_constant
       before = static_cast<const resident::DirectoryEntry*>(
           p.directory)[row * p.shape.slots + threadIdx.x];
     }
+    Sender sender = {plan, ticket, pair, before, own};
     answer.PrepareQueries(own.queries);
-    answer.Answer(Sender{plan, ticket, pair, before, own});
+    answer.Answer(sender);
   }
 }
 

@@ -28,13 +28,14 @@ __device__ __forceinline__ void PairAnswer<kThreads>::CopyParts(const SelectCuda
 // Page numbers of what is read after the choice of clusters: one trip to memory less then.
 template <int kThreads>
 __device__ __forceinline__ void PairAnswer<kThreads>::PrefetchPages() {
-  constexpr int kViews = 3, kLineBytes = 128;
+  constexpr int kViews = 4, kLineBytes = 128;
   for (int i = thread_; i < kViews * part_count_; i += kThreads) {
     const DeviceIndexPart& part = parts_[i / kViews];
     const bool means = i % kViews == 0;
     const DevicePagedView& view = means             ? part.value_means
                                   : i % kViews == 1 ? part.codes
-                                                    : part.positions;
+                                  : i % kViews == 2 ? part.positions
+                                                    : part.records;
     const uint32_t rows = static_cast<uint32_t>(means ? part.clusters : part.tokens);
     if (rows == 0 || view.elements_per_page == 0) continue;
     const uint32_t begin = static_cast<uint32_t>(kv_head_) * rows;
@@ -157,8 +158,62 @@ __device__ __forceinline__ void PairAnswer<kThreads>::Begin(const SelectCudaPair
 // ---- queries
 // -----------------------------------------------------------------------------------
 
-// The weighted query as operands of tf32 products: columns 0 to 3 the heads' leading 19 bits,
-// columns 4 to 7 what these lack. In the order of channels in which lanes read centroids.
+__device__ __forceinline__ float HeadOf(float4 x, int head) {
+  return head == 0 ? x.x : head == 1 ? x.y : head == 2 ? x.z : x.w;
+}
+
+// -126 <= exponent <= 127.
+__device__ __forceinline__ float PowerOfTwo(int exponent) {
+  return __uint_as_float(static_cast<uint32_t>(exponent + 127) << 23);
+}
+
+// A head's query as operands of half products, by one warp: column `head` its numbers' high halves,
+// column head + 4 what these lack. Divided by a power of two, which is returned, that brings its
+// largest channel to [2^11, 2^12). channel(step, t, j): which one is number j of lane t of a
+// product, in the order in which lanes read what it is multiplied by.
+template <int kThreads>
+template <typename Channel>
+__device__ __forceinline__ float PairAnswer<kThreads>::MakeOperands(const float* query, int head,
+                                                                    uint2 (*operands)[kWarp],
+                                                                    const Channel& channel) {
+  static_assert(kAnswerDim == 4 * kWarp);
+  float largest = 0;
+#pragma unroll
+  for (int k = 0; k < 4; ++k) largest = fmaxf(largest, fabsf(query[k * kWarp + lane_]));
+  // Powers stay normal; infinite queries give no numbers, as they should.
+  const int field = static_cast<int>(__float_as_uint(WarpMax(largest)) >> 23);
+  const int exponent = min(max(field, 30), 240) - 127;
+  const float inverse = PowerOfTwo(11 - exponent);
+  const int step = lane_ / 4, t = lane_ % 4;
+  float x[4];
+#pragma unroll
+  for (int j = 0; j < 4; ++j) x[j] = query[channel(step, t, j)] * inverse;
+  uint2 high, low;
+  SplitHalves(x[0], x[1], &high.x, &low.x);
+  SplitHalves(x[2], x[3], &high.y, &low.y);
+  operands[step][4 * head + t] = high;
+  operands[step][4 * (head + 4) + t] = low;
+  return PowerOfTwo(exponent - 11);
+}
+
+// Scales' factors of products with codes, then lows', over kSumUnit: sums of 32 numbers below 2^12.
+template <int kThreads>
+__device__ __forceinline__ void PairAnswer<kThreads>::PrepareCodeSums(int head, float inverse) {
+  float sums[kAnswerGroups];
+#pragma unroll
+  for (int g = 0; g < kAnswerGroups; ++g) sums[g] = WarpSum(s_.balanced[head][g * kWarp + lane_]);
+  const int g = lane_ % 2 * 2;
+  const float two[2] = {g == 0 ? sums[0] : sums[2], g == 0 ? sums[1] : sums[3]};
+  const float factor = (lane_ < 2 ? -1.0f : 0.25f) * inverse / kSumUnit;
+  uint32_t sum_high, sum_low;
+  SplitHalves(two[0] * factor, two[1] * factor, &sum_high, &sum_low);
+  if (lane_ < 4) {
+    s_.sum_query[4 * head + lane_] = sum_high;
+    s_.sum_query[4 * (head + 4) + lane_] = sum_low;
+  }
+}
+
+// A warp for each head and operand.
 template <int kThreads>
 __device__ __forceinline__ void PairAnswer<kThreads>::PrepareQueries(const float* queries) {
   const int channel = thread_ % kAnswerDim;
@@ -172,72 +227,23 @@ __device__ __forceinline__ void PairAnswer<kThreads>::PrepareQueries(const float
     s_.balanced[h][channel] = raw / weight_ / balance_;
   }
   __syncthreads();
-#pragma unroll
-  for (int k = 0; k < kAnswerDim / 8 * kWarp / kThreads; ++k) {
-    const int i = thread_ + k * kThreads, step = i / kWarp, r = lane_ / 4, t = lane_ % 4;
-    const int first = 64 * (step / 8) + 16 * (step % 8 / 2) + 4 * t + 2 * (step % 2);
-    uint32_t bits[2];
-#pragma unroll
-    for (int j = 0; j < 2; ++j) {
-      const float x = s_.query[r % 4][first + j];
-      bits[j] = __float_as_uint(x) & 0xffffe000u;
-      if (r >= 4) bits[j] = __float_as_uint(x - __uint_as_float(bits[j]));
-    }
-    s_.centroid_query[step][lane_] = make_uint2(bits[0], bits[1]);
+  static_assert(kWarps >= 2 * kAnswerHeads);
+  const int head = warp_ % kAnswerHeads;
+  if (warp_ < kAnswerHeads) {
+    const float unit =
+        MakeOperands(s_.query[head], head, s_.centroid_query, [](int step, int t, int j) {
+          return 64 * (step / 4) + 32 * (step / 2 % 2) + 8 * t + 4 * (step % 2) + j;
+        });
+    if (lane_ == 0) reinterpret_cast<float*>(&s_.centroid_unit)[head] = unit;
+  } else if (plan_.refine && warp_ < 2 * kAnswerHeads) {
+    const float unit =
+        MakeOperands(s_.balanced[head], head, s_.code_query, [](int block, int t, int j) {
+          return block * kCodeBlock + ChannelOfIndex(2 * t + j % 2 + j / 2 * 8);
+        });
+    if (lane_ == 0) s_.code_unit[head] = unit;
+    PrepareCodeSums(head, 1.0f / unit);
   }
   __syncthreads();
-}
-
-__device__ __forceinline__ float HeadOf(float4 x, int head) {
-  return head == 0 ? x.x : head == 1 ? x.y : head == 2 ? x.z : x.w;
-}
-
-// -126 <= exponent <= 127.
-__device__ __forceinline__ float PowerOfTwo(int exponent) {
-  return __uint_as_float(static_cast<uint32_t>(exponent + 127) << 23);
-}
-
-// The balanced query in halves, as the operand of products with codes: a warp per head. Divided by
-// a power of two that brings its largest channel to [2^11, 2^12).
-template <int kThreads>
-__device__ __forceinline__ void PairAnswer<kThreads>::PrepareCodeQueries() {
-  const int head = warp_;
-  if (!plan_.refine || head >= kAnswerHeads) return;
-  float largest = 0, sums[kAnswerGroups];
-#pragma unroll
-  for (int g = 0; g < kAnswerGroups; ++g) {
-    const float x = s_.balanced[head][g * kWarp + lane_];
-    largest = fmaxf(largest, fabsf(x));
-    sums[g] = WarpSum(x);
-  }
-  largest = WarpMax(largest);
-  // Powers stay normal; infinite queries give no numbers, as they should.
-  const int field = static_cast<int>(__float_as_uint(largest) >> 23);
-  const int exponent = min(max(field, 30), 240) - 127;
-  const float unit = PowerOfTwo(exponent - 11), inverse = PowerOfTwo(11 - exponent);
-  if (lane_ == 0) s_.query_unit[head] = unit;
-  const int block = lane_ / 4, t = lane_ % 4;
-  float x[4];
-#pragma unroll
-  for (int j = 0; j < 4; ++j) {
-    const int channel = block * kCodeBlock + ChannelOfIndex(2 * t + j % 2 + j / 2 * 8);
-    x[j] = s_.balanced[head][channel] * inverse;
-  }
-  uint2 high, low;
-  SplitHalves(x[0], x[1], &high.x, &low.x);
-  SplitHalves(x[2], x[3], &high.y, &low.y);
-  s_.code_query[block][4 * head + t] = high;
-  s_.code_query[block][4 * (head + 4) + t] = low;
-  // Scales' factors, then lows', over kSumUnit: sums of 32 numbers below 2^12.
-  const int g = lane_ % 2 * 2;
-  const float two[2] = {g == 0 ? sums[0] : sums[2], g == 0 ? sums[1] : sums[3]};
-  const float factor = (lane_ < 2 ? -1.0f : 0.25f) * inverse / kSumUnit;
-  uint32_t sum_high, sum_low;
-  SplitHalves(two[0] * factor, two[1] * factor, &sum_high, &sum_low);
-  if (lane_ < 4) {
-    s_.sum_query[4 * head + lane_] = sum_high;
-    s_.sum_query[4 * (head + 4) + lane_] = sum_low;
-  }
 }
 
 // ---- phase 1: centroids
@@ -275,31 +281,24 @@ __device__ __forceinline__ void PairAnswer<kThreads>::MultiplySlice(int slice, i
                                                                     float (&sums)[4][4]) {
   const int r = lane_ / 4, t = lane_ % 4;
   const unsigned char* rows = CentroidRing(turn) + r * kAnswerSliceRow + 16 * t;
-  float4 x[2][2];
+  uint4 x[2][2];
 #pragma unroll
   for (int j = 0; j < 2; ++j) {
 #pragma unroll
     for (int i = 0; i < 2; ++i) {
-      x[j][i] = *reinterpret_cast<const float4*>(rows + 8 * i * kAnswerSliceRow + 64 * (j ^ r % 2));
+      x[j][i] = *reinterpret_cast<const uint4*>(rows + 8 * i * kAnswerSliceRow + 64 * (j ^ r % 2));
     }
   }
   __syncwarp();
   FetchCentroids(turn);
 #pragma unroll
   for (int j = 0; j < 2; ++j) {
-    const float4 x0 = x[j][0], x1 = x[j][1];
-    const float of[2][4] = {{x0.x, x1.x, x0.y, x1.y}, {x0.z, x1.z, x0.w, x1.w}};
+    const uint4 x0 = x[j][0], x1 = x[j][1];
+    const uint32_t operands[2][4] = {{x0.x, x1.x, x0.y, x1.y}, {x0.z, x1.z, x0.w, x1.w}};
 #pragma unroll
     for (int e = 0; e < 2; ++e) {
       const uint2 q = s_.centroid_query[4 * slice + 2 * j + e][lane_];
-      uint32_t high[4], low[4];
-#pragma unroll
-      for (int i = 0; i < 4; ++i) {
-        high[i] = __float_as_uint(of[e][i]) & 0xffffe000u;
-        low[i] = __float_as_uint(of[e][i] - __uint_as_float(high[i]));
-      }
-      MmaTf32(sums[2 * j + e], high, q.x, q.y);
-      MmaTf32(sums[2 * j + e], low, q.x, q.y);
+      MmaHalf(sums[2 * j + e], operands[e], q.x, q.y);
     }
   }
 }
@@ -321,7 +320,7 @@ __device__ __forceinline__ void PairAnswer<kThreads>::ScoreCentroids() {
     float sum[4];
 #pragma unroll
     for (int i = 0; i < 4; ++i) sum[i] = (sums[0][i] + sums[1][i]) + (sums[2][i] + sums[3][i]);
-    const float4 logits = TileRow(sum);
+    const float4 logits = Mul4(TileRow(sum), s_.centroid_unit);
     const int cluster = tile * kAnswerTile + lane_ / 4 + lane_ % 2 * 8;
     if (cluster < clusters_) Publish(ClusterLogits(), cluster, logits);
   }
@@ -814,35 +813,43 @@ __device__ __forceinline__ unsigned char* PairAnswer<kThreads>::CodeRing(int tur
          (warp_ * plan_.code_stages + turn) * kAnswerTile * kAnswerSideBytes;
 }
 
-// Key or value codes of a tile on their way to place `turn` of the ring; none behind `end`. One
-// group of copies.
+// Key or value codes of a tile on their way to place `turn` of the ring. `mine`: CodesOfTile.
 template <int kThreads>
 template <bool kValues>
-__device__ __forceinline__ void PairAnswer<kThreads>::FetchCodes(int tile, int end, int turn) {
-  if (tile < end) {
-    const unsigned char* mine = CodesOfTile(tile);
-    unsigned char* to = CodeRing(turn);
-    constexpr int kMeta = kValues ? 16 : 0, kBits = kValues ? 64 : 32;
+__device__ __forceinline__ void PairAnswer<kThreads>::CopyCodes(const unsigned char* mine,
+                                                                int turn) {
+  unsigned char* to = CodeRing(turn);
+  constexpr int kMeta = kValues ? 16 : 0, kBits = kValues ? 64 : 32;
 #pragma unroll
-    for (int k = 0; k < 2; ++k) {
-      const int piece = lane_ + k * kWarp, token = piece / 3, part = piece % 3;
-      const unsigned char* from = ShuffleAddress(mine, token % kAnswerTile);
-      if (token < kAnswerTile) {
-        CopyAsync16OfLine(to + piece * 16, from + (part == 0 ? kMeta : kBits - 16 + 16 * part));
-      }
+  for (int k = 0; k < 2; ++k) {
+    const int piece = lane_ + k * kWarp, token = piece / 3, part = piece % 3;
+    const unsigned char* from = ShuffleAddress(mine, token % kAnswerTile);
+    if (token < kAnswerTile) {
+      CopyAsync16OfLine(to + piece * 16, from + (part == 0 ? kMeta : kBits - 16 + 16 * part));
     }
   }
-  CopyAsyncCommit();
 }
-// Of the warp's first tiles as many as the ring has places for.
+// Of the warp's first tiles as many as the ring has places for; one group of copies for each place.
 template <int kThreads>
 template <bool kValues>
 __device__ __forceinline__ void PairAnswer<kThreads>::FillRing() {
+  constexpr int kBatch = 4;  // tiles whose codes' places are looked up at once
   int begin, end;
   Share(token_count_, &begin, &end);
 #pragma unroll 1
-  for (int turn = 0; turn < plan_.code_stages; ++turn) {
-    FetchCodes<kValues>(begin + warp_ + turn * kWarps, end, turn);
+  for (int turn = 0; turn < plan_.code_stages; turn += kBatch) {
+    const unsigned char* mine[kBatch];
+#pragma unroll
+    for (int j = 0; j < kBatch; ++j) {
+      const int tile = begin + warp_ + (turn + j) * kWarps;
+      mine[j] = turn + j < plan_.code_stages && tile < end ? CodesOfTile(tile) : nullptr;
+    }
+#pragma unroll
+    for (int j = 0; j < kBatch; ++j) {
+      if (turn + j >= plan_.code_stages) break;
+      if (mine[j] != nullptr) CopyCodes<kValues>(mine[j], turn + j);
+      CopyAsyncCommit();
+    }
   }
 }
 // Calls use(tile, rows, done) for each of the warp's tiles, `rows` its place in the ring; use calls
@@ -858,7 +865,9 @@ __device__ __forceinline__ void PairAnswer<kThreads>::ForTiles(const Use& use) {
     __syncwarp();
     use(tile, CodeRing(turn), [&] {
       __syncwarp();
-      FetchCodes<kValues>(tile + plan_.code_stages * kWarps, end, turn);
+      const int next = tile + plan_.code_stages * kWarps;
+      if (next < end) CopyCodes<kValues>(CodesOfTile(next), turn);
+      CopyAsyncCommit();
     });
     turn = turn + 1 == plan_.code_stages ? 0 : turn + 1;
   }
@@ -909,7 +918,7 @@ __device__ __forceinline__ void PairAnswer<kThreads>::ScoreTile(int tile, const 
     }
   }
 #pragma unroll
-  for (int i = 0; i < 4; ++i) logit[i] *= 4.0f * s_.query_unit[2 * t % 4 + i % 2];
+  for (int i = 0; i < 4; ++i) logit[i] *= 4.0f * s_.code_unit[2 * t % 4 + i % 2];
   const float4 residual = TileRow(logit);
   const int token = tile * kAnswerTile + r + t % 2 * 8;
   if (token < token_count_) {
@@ -918,15 +927,15 @@ __device__ __forceinline__ void PairAnswer<kThreads>::ScoreTile(int tile, const 
   }
 }
 
-// Asks for the value means that all blocks will read.
+// Asks for the value means of a list of clusters, which all blocks will read.
 template <int kThreads>
-__device__ __forceinline__ void PairAnswer<kThreads>::PrefetchMeans() {
-  const int step = plan_.blocks * kThreads, first = rank_ * kThreads + thread_;
-  const int listed = plan_.params.answer_scored ? listed_count_ : 0;
+__device__ __forceinline__ void PairAnswer<kThreads>::PrefetchMeans(const uint16_t* list,
+                                                                    int count) {
+  constexpr int kLine = 128, kLines = kAnswerRowBytes / kLine;
+  const int step = plan_.blocks * kThreads;
 #pragma unroll 1
-  for (int i = first; i < 4 * (estimated_count_ + listed); i += step) {
-    const int e = i / 4 - estimated_count_;
-    PrefetchL2(ValueMean(e < 0 ? Estimated()[i / 4] : Listed()[e]) + i % 4 * 128);
+  for (int i = rank_ * kThreads + thread_; i < kLines * count; i += step) {
+    PrefetchL2(ValueMean(list[i / kLines]) + i % kLines * kLine);
   }
 }
 
@@ -935,7 +944,10 @@ template <int kThreads>
 __device__ __forceinline__ void PairAnswer<kThreads>::ScoreTokens() {
   FillRing<false>();
   // A block alone with a pair has its tokens to ask for, and waits longer for the lists.
-  if (plan_.blocks > 1) PrefetchMeans();
+  if (plan_.blocks > 1) {
+    PrefetchMeans(Estimated(), estimated_count_);
+    if (plan_.params.answer_scored) PrefetchMeans(Listed(), listed_count_);
+  }
   ForTiles<false>(
       [&](int tile, const unsigned char* rows, const auto& done) { ScoreTile(tile, rows, done); });
   __syncwarp();
@@ -945,53 +957,103 @@ __device__ __forceinline__ void PairAnswer<kThreads>::ScoreTokens() {
   ClusterWait(plan_.blocks);
 }
 
-// Adds the value means of the `count` clusters of a list to the state, eight of a warp at a time.
-// weigh(first): the weight of cluster first + lane / 4 for head lane % 4, 0 behind the last.
+// Where the warp's partial state has number i of a pair of blocks of channels, as the lane has it
+// of JoinMeans: two channels by two heads.
 template <int kThreads>
-template <typename Weigh>
-__device__ __forceinline__ void PairAnswer<kThreads>::AddMeans(const uint16_t* list, int count,
-                                                               const Weigh& weigh) {
-  constexpr int kRows = kWarp / 4;
-  const int step = plan_.blocks * kWarps * kRows;
-  const auto locate = [&](int first) {
-    return first < count ? ValueMean(list[min(first + lane_ / 4, count - 1)]) : nullptr;
-  };
-  int first = (warp_ * plan_.blocks + rank_) * kRows;
-  const unsigned char* row = locate(first);
-#pragma unroll 1
-  for (; first < count; first += step) {
-    float4 rows[kRows];
+__device__ __forceinline__ float* PairAnswer<kThreads>::PartialOf(int block_pair, int i) {
+  const int r = lane_ / 4, t = lane_ % 4, block = 2 * block_pair + t / 2;
+  const int channel = 64 * (block / 4) + 8 * r + 2 * (block % 4) + i / 2;
+  return Partial() + (warp_ * kAnswerHeads + 2 * (t % 2) + i % 2) * kAnswerRow + channel;
+}
+
+// The products' sums, times `inverse`, as state_ has them. Lanes 2 apart have the heads' high and
+// low parts; each keeps one of two blocks.
+template <int kThreads>
+__device__ __forceinline__ void PairAnswer<kThreads>::JoinMeans(const float (&sums)[8][4],
+                                                                float inverse,
+                                                                float (&joined)[4][4]) const {
+  const bool upper = lane_ % 4 >= 2;
 #pragma unroll
-    for (int i = 0; i < kRows; ++i) {
-      rows[i] = reinterpret_cast<const float4*>(ShuffleAddress(row, 4 * i))[lane_];
-    }
-    const float weight = weigh(first);
-    weights_ += weight;
-    row = locate(first + step);
+  for (int p = 0; p < 4; ++p) {
 #pragma unroll
-    for (int i = 0; i < kRows; ++i) {
-#pragma unroll
-      for (int h = 0; h < kAnswerHeads; ++h) {
-        AddScaled4(state_[h], __shfl_sync(kFullMask, weight, 4 * i + h), rows[i]);
-      }
+    for (int i = 0; i < 4; ++i) {
+      const float a = sums[2 * p][i], b = sums[2 * p + 1][i];
+      const float get = __shfl_xor_sync(kFullMask, upper ? a : b, 2);
+      joined[p][i] = ((upper ? b : a) + get) * inverse;
     }
   }
+}
+
+// The warp's part of the sum of the value means of a list's `count` clusters, 16 at a time, on the
+// matrix unit: means [16 channels × 16 clusters, per block of channels] times weights [16 clusters
+// × 4 heads' high and low halves]. weigh(i): the weight of cluster i of the list for head
+// lane / 4 % 4; times `unit` it is a half. The last warps have the first clusters: of the first
+// ones a taker has more to do.
+template <int kThreads>
+template <typename Weigh>
+__device__ __forceinline__ void PairAnswer<kThreads>::SumMeans(const uint16_t* list, int count,
+                                                               float unit, const Weigh& weigh,
+                                                               float (&joined)[4][4]) {
+  const int r = lane_ / 4, t = lane_ % 4;
+  float sums[8][4] = {};
+#pragma unroll 1
+  for (int first = ((kWarps - 1 - warp_) * plan_.blocks + rank_) * kAnswerTile; first < count;
+       first += plan_.blocks * kWarps * kAnswerTile) {
+    // The lane's clusters are first + 4 t .., its channels 8 r .. and 64 + 8 r ..
+    const unsigned char* row = ValueMean(list[min(first + lane_ % kAnswerTile, count - 1)]);
+    uint4 x[4][2];
+#pragma unroll
+    for (int i = 0; i < 4; ++i) {
+      const unsigned char* from = ShuffleAddress(row, 4 * t + i) + 16 * r;
+      x[i][0] = *reinterpret_cast<const uint4*>(from);
+      x[i][1] = *reinterpret_cast<const uint4*>(from + kAnswerRowBytes / 2);
+    }
+    // Lanes r and r + 4 are of one head: each weighs two of the four clusters.
+    const int mine = first + 4 * t + r / kAnswerHeads * 2;
+    float weight[2];
+#pragma unroll
+    for (int i = 0; i < 2; ++i) {
+      weight[i] = mine + i < count ? weigh(mine + i) : 0.0f;
+      weights_ += weight[i];
+    }
+    const float other[2] = {__shfl_xor_sync(kFullMask, weight[0], kWarp / 2),
+                            __shfl_xor_sync(kFullMask, weight[1], kWarp / 2)};
+    const bool low = r >= kAnswerHeads;
+    uint32_t operand[2];
+#pragma unroll
+    for (int i = 0; i < 2; ++i) {
+      const bool own = (i == 1) == low;
+      uint32_t high_half, low_half;
+      SplitHalves((own ? weight[0] : other[0]) * unit, (own ? weight[1] : other[1]) * unit,
+                  &high_half, &low_half);
+      operand[i] = low ? low_half : high_half;
+    }
+#pragma unroll
+    for (int block = 0; block < 8; ++block) {
+      uint32_t word[4];
+#pragma unroll
+      for (int i = 0; i < 4; ++i) word[i] = WordOfFour(x[i][block / 4], block % 4);
+      const uint32_t means[4] = {
+          __byte_perm(word[0], word[1], 0x5410), __byte_perm(word[0], word[1], 0x7632),
+          __byte_perm(word[2], word[3], 0x5410), __byte_perm(word[2], word[3], 0x7632)};
+      MmaHalf(sums[block], means, operand[0], operand[1]);
+    }
+  }
+  JoinMeans(sums, 1.0f / unit, joined);
 }
 
 // The estimated clusters' part of the state, relative to estimated_max_.
 template <int kThreads>
 __device__ __forceinline__ void PairAnswer<kThreads>::SumEstimated() {
-  const int head = lane_ % 4;
+  const int head = lane_ / 4 % kAnswerHeads;
   const float shift = ZeroIfNone(HeadOf(estimated_max_, head));
-#pragma unroll
-  for (int h = 0; h < kAnswerHeads; ++h) state_[h] = Filled4(0);
-  AddMeans(Estimated(), estimated_count_, [&](int first) {
-    const int i = first + lane_ / 4;
-    if (i >= estimated_count_ || head >= plan_.params.group) return 0.0f;
+  const auto weigh = [&](int i) {
+    if (head >= plan_.params.group) return 0.0f;
     const int cluster = Estimated()[i];
     const float logit = Array<float>(plan_.cluster_logits)[4 * cluster + head];
     return Exp2(logit + Log2(static_cast<float>(Sizes()[cluster])) - shift);
-  });
+  };
+  SumMeans(Estimated(), estimated_count_, kMeanUnit, weigh, state_);
 }
 
 // ---- phase 4: the exact zone
@@ -1057,29 +1119,25 @@ __device__ __forceinline__ void PairAnswer<kThreads>::WeighTokens() {
   __syncthreads();
 }
 
-// The value means of touched clusters, each by the weights of its coded tokens.
+// Adds the value means of touched clusters, each by the weights of its coded tokens, to the warp's
+// partial state.
 template <int kThreads>
 __device__ __forceinline__ void PairAnswer<kThreads>::SumTouched() {
-  const float* weights = Array<float>(plan_.token_logits);
-  AddMeans(Listed(), listed_count_, [&](int first) {
-    float weight = 0;
-    const int entries = min(kWarp / 4, listed_count_ - first);
-#pragma unroll 1
-    for (int i = 0; i < entries; ++i) {
-      const int last = ListedStart()[first + i + 1];
-      float sum = 0;
-#pragma unroll 1
-      for (int t = ListedStart()[first + i] + lane_ / 4; t < last; t += 8) {
-        sum += weights[4 * t + lane_ % 4];
-      }
+  const float* weights = Array<float>(plan_.token_logits) + lane_ / 4 % kAnswerHeads;
+  const auto weigh = [&](int i) {
+    const int last = ListedStart()[i + 1];
+    float sum = 0;
+#pragma unroll 4
+    for (int t = ListedStart()[i]; t < last; ++t) sum += weights[kAnswerHeads * t];
+    return sum;
+  };
+  float joined[4][4];
+  SumMeans(Listed(), listed_count_, plan_.touched_unit, weigh, joined);
 #pragma unroll
-      for (int offset = 4; offset < kWarp; offset *= 2) {
-        sum += __shfl_xor_sync(kFullMask, sum, offset);
-      }
-      if (lane_ / 4 == i) weight = sum;
-    }
-    return weight;
-  });
+  for (int p = 0; p < 4; ++p) {
+#pragma unroll
+    for (int i = 0; i < 4; ++i) *PartialOf(p, i) += joined[p][i];
+  }
 }
 
 // What a warp sums of its tiles' value codes.
@@ -1220,37 +1278,34 @@ __device__ __forceinline__ void PairAnswer<kThreads>::SumCodes() {
   AddCodes(sums);
 }
 
-// The block's part of the state, each channel to the block that writes it.
+// Makes weights of logits, and the estimated clusters' part the warp's partial state.
 template <int kThreads>
-__device__ __forceinline__ void PairAnswer<kThreads>::SumState(int position) {
-  const bool coded = plan_.refine && plan_.params.answer_scored;
+__device__ __forceinline__ void PairAnswer<kThreads>::WeighState(bool coded) {
   const float4 coded_max = coded ? CombineWarps(s_.warp_coded) : Filled4(kAnswerNegativeInfinity);
   state_max_ = Max4(coded_max, estimated_max_);
+  // The heads' factors from the estimated zone's shift to the state's.
+  const auto factor_of = [this](int head) {
+    return Exp2(HeadOf(estimated_max_, head) - ZeroIfNone(HeadOf(state_max_, head)));
+  };
+  weights_ *= factor_of(lane_ / 4 % kAnswerHeads);
+  const float factor[2] = {factor_of(lane_ % 2 * 2), factor_of(lane_ % 2 * 2 + 1)};
 #pragma unroll
-  for (int h = 0; h < kAnswerHeads; ++h) {
-    const float factor = Exp2(HeadOf(estimated_max_, h) - ZeroIfNone(HeadOf(state_max_, h)));
-    const float4 old = state_[h];
-    state_[h] = Filled4(0);
-    AddScaled4(state_[h], factor, old);
-    if (lane_ % 4 == h) weights_ *= factor;
-  }
-  if (coded) {
-    WeighTokens();
-    SumTouched();
-  }
+  for (int p = 0; p < 4; ++p) {
 #pragma unroll
-  for (int h = 0; h < kAnswerHeads; ++h) {
-    reinterpret_cast<float4*>(Partial() + (warp_ * kAnswerHeads + h) * kAnswerRow)[lane_] =
-        state_[h];
+    for (int i = 0; i < 4; ++i) *PartialOf(p, i) = state_[p][i] * factor[i % 2];
   }
+  if (coded) WeighTokens();
+}
+
+// The block's part of the state, each channel to the block that writes it. After WeighState.
+template <int kThreads>
+__device__ __forceinline__ void PairAnswer<kThreads>::SumState(bool coded) {
+  if (coded) SumTouched();
 #pragma unroll
-  for (int offset = 4; offset < kWarp; offset *= 2) {
-    weights_ += __shfl_xor_sync(kFullMask, weights_, offset);
-  }
-  if (lane_ < 4) s_.warp_weights[4 * warp_ + lane_] = weights_;
+  for (int offset : {1, 2, kWarp / 2}) weights_ += __shfl_xor_sync(kFullMask, weights_, offset);
+  if (lane_ % 4 == 0 && lane_ < kWarp / 2) s_.warp_weights[4 * warp_ + lane_ / 4] = weights_;
   __syncwarp();
   if (coded) SumCodes();
-  if (thread_ < s_.exact_count) Array<int>(plan_.exact_position)[thread_] = position;
   __syncthreads();
   constexpr int kSize = kAnswerHeads * kAnswerDim;
   const int share = StateShare();
@@ -1284,13 +1339,11 @@ __device__ __forceinline__ void PairAnswer<kThreads>::SumState(int position) {
 // ---- phase 6: results
 // ----------------------------------------------------------------------------
 
-// Position of the thread's exact tokens: asked for early, for the last block's WriteSelection.
 template <int kThreads>
 __device__ __forceinline__ int PairAnswer<kThreads>::ExactPosition(int i) {
-  if (rank_ != plan_.blocks - 1 || i >= s_.exact_count) return 0;
-  const int token = Array<int>(plan_.exact_token)[i];
-  const DeviceIndexPart& part = PartOf(Listed()[TokenEntry()[token]]);
-  return *reinterpret_cast<const int32_t*>(Element(part.positions, part.tokens, SlotOf(token)));
+  int slot;
+  const DeviceIndexPart& part = ExactToken(i, &slot);
+  return *reinterpret_cast<const int32_t*>(Element(part.positions, part.tokens, slot));
 }
 
 // The exact zone by ascending position: each token's place is the number of smaller positions.
@@ -1372,16 +1425,16 @@ __device__ __forceinline__ void PairAnswer<kThreads>::WriteState(const SelectCud
 
 template <int kThreads>
 __device__ __forceinline__ void PairAnswer<kThreads>::Finish(const SelectCudaOutput& out, int row) {
-  Answer(Writer{out, row});
+  Writer writer = {out, row};
+  Answer(writer);
 }
 
 template <int kThreads>
 template <typename Taker>
-__device__ __forceinline__ void PairAnswer<kThreads>::Answer(const Taker& taker) {
+__device__ __forceinline__ void PairAnswer<kThreads>::Answer(Taker& taker) {
   ScoreCentroids();
   ClusterArrive(plan_.blocks);
   ScoreSinks();
-  PrepareCodeQueries();
   ClusterWait(plan_.blocks);
   ChooseClusters();
   ListClusters();
@@ -1391,24 +1444,21 @@ __device__ __forceinline__ void PairAnswer<kThreads>::Answer(const Taker& taker)
     SumEstimated();
   }
   ChooseExact();
-  if (rank_ == plan_.blocks - 1) taker.Exact(*this);
-  const int position = ExactPosition(thread_);
-  const bool any = estimated_count_ > 0 ||
-                   (plan_.refine && plan_.params.answer_scored && token_count_ > s_.exact_count);
-  int* positions = Array<int>(plan_.exact_position);
-  const int exact = s_.exact_count;
-  if (any && !plan_.refine) __syncthreads();  // all have read what SumState overwrites
-  if (rank_ == plan_.blocks - 1) {
-    for (int i = thread_ + kThreads; i < exact; i += kThreads) positions[i] = ExactPosition(i);
-  }
-  if (any) SumState(position);
-  if (!any) {
+  const bool last = rank_ == plan_.blocks - 1;
+  const bool coded = plan_.refine && plan_.params.answer_scored;
+  const bool any = estimated_count_ > 0 || (coded && token_count_ > s_.exact_count);
+  if (last) taker.Exact(*this);
+  if (any && !plan_.refine) __syncthreads();  // all have read what WeighState overwrites
+  if (any) WeighState(coded);
+  if (last) taker.Pushed(*this);
+  if (any) {
+    SumState(coded);
+  } else {
     CopyAsyncWait<0>();  // of codes that nobody reads: the place has other uses
-    if (thread_ < exact) positions[thread_] = position;
     __syncthreads();
   }
   ClusterArrive(plan_.blocks);
-  if (rank_ == plan_.blocks - 1) taker.Selection(*this);
+  if (last) taker.Selection(*this);
   ClusterWait(plan_.blocks);
   taker.State(*this, any);
 }

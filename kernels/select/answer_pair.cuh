@@ -38,16 +38,17 @@ constexpr int kAnswerTile = 16;    // rows of one matrix product
 constexpr int kAnswerParts = 8;    // parts that are copied into shared memory
 constexpr int kAnswerBlocks = 16;  // of a pair at most
 constexpr int kAnswerMaxWarps = 16;
-constexpr int kAnswerGroups = 4;      // scale groups of a token's codes
-constexpr int kAnswerSideBytes = 48;  // of a token's key codes; of its value codes
-// Centroids come in slices of a tile: 32 channels of 16 rows.
+constexpr int kAnswerGroups = 4;                 // scale groups of a token's codes
+constexpr int kAnswerSideBytes = 48;             // of a token's key codes; of its value codes
+constexpr int kAnswerRowBytes = 2 * kAnswerDim;  // of a centroid, of a value mean: halves
+// Centroids come in slices of a tile: 64 channels of 16 rows.
 constexpr int kAnswerSliceRow = 128, kAnswerSliceBytes = kAnswerTile * kAnswerSliceRow;
-constexpr int kAnswerSlices = 4 * kAnswerDim / kAnswerSliceRow;
-// Places of a warp's rings at most: more slices than two only cost room, of tiles of codes a block
-// alone with a pair has up to eight.
+constexpr int kAnswerSlices = kAnswerRowBytes / kAnswerSliceRow;
+// Places of a warp's rings at most.
 constexpr int kCentroidStages = 2, kCodeStages = 8;
-constexpr float kSumUnit = 8.0f;            // what sum_query was divided by beside query_unit
-constexpr float kWeightUnit = 4096.0f;      // by which weights are halves
+constexpr float kSumUnit = 8.0f;            // what sum_query was divided by beside code_unit
+constexpr float kWeightUnit = 4096.0f;      // by which weights of tokens are halves
+constexpr float kMeanUnit = 16384.0f;       // by which weights of clusters are, over their largest
 constexpr int kAnswerRow = kAnswerDim + 8;  // of partial states: spreads banks
 
 // What a launch works out once; by value into a kernel.
@@ -59,7 +60,8 @@ struct AnswerPlan {
   int max_listed;          // clusters that are touched at most
   // Of each warp: slices of centroids and tiles of codes on their way.
   int centroid_stages, code_stages;
-  bool refine;  // score by codes
+  bool refine;         // score by codes
+  float touched_unit;  // kMeanUnit over the most that a touched cluster weighs
   // Offsets of arrays in shared memory, bytes.
   int cluster_logits, sizes, slots, centroids, codes, token_logits, keys, kinds;
   int listed, listed_start, listed_slot, estimated, token_entry, exact, exact_token, exact_position,
@@ -72,14 +74,16 @@ struct AnswerShared {
   DeviceIndexPart parts[kAnswerParts];
   ThresholdScratch threshold;  // its histogram: tokens per range of ranks
   alignas(16) int bin_counts[kHistogramBins];
-  alignas(16) uint2 centroid_query[kAnswerDim / 8][kWarp];       // operands of tf32 products
-  alignas(16) uint2 code_query[kAnswerDim / kCodeBlock][kWarp];  // operands of half products
+  // Operands of products with centroids, with codes; and what these were divided by, per head.
+  alignas(16) uint2 centroid_query[kAnswerDim / 16][kWarp];
+  alignas(16) uint2 code_query[kAnswerDim / kCodeBlock][kWarp];
+  alignas(16) float4 centroid_unit;
+  alignas(16) float code_unit[kAnswerHeads];
   alignas(16) uint32_t sum_query[kWarp];                 // that of products with scales and lows
   alignas(16) float query[kAnswerHeads][kAnswerDim];     // weighted, times scale and log2 e
   alignas(16) float balanced[kAnswerHeads][kAnswerDim];  // that over the K balance
   alignas(16) float raw[kAnswerHeads][kAnswerDim];       // as it came, times scale and log2 e
   alignas(16) float inverse_v[kAnswerDim];               // 1 / V balance
-  float query_unit[kAnswerHeads];                        // what code_query was divided by
   // Per warp, [kWarp][4 heads]: of the running softmax, of estimated and of coded logits, and the
   // state's weights.
   alignas(16) float warp_max[kWarp * 4], warp_sum[kWarp * 4], warp_estimated[kWarp * 4],
@@ -122,6 +126,8 @@ inline bool MakeAnswerPlan(const SelectCudaParams& p, int blocks, int threads, i
   plan->refine = refine;
   plan->room = p.budget_tokens > p.scored_tokens ? p.budget_tokens : p.scored_tokens;
   plan->max_listed = p.max_clusters < plan->room ? p.max_clusters : plan->room;
+  plan->touched_unit = kMeanUnit;
+  for (int64_t most = 1; most < plan->room; most *= 2) plan->touched_unit /= 2;
   const int64_t clusters = p.max_clusters + 4, room = plan->room, listed = plan->max_listed + 4;
   const int64_t partial = int64_t{16} * kAnswerHeads * kAnswerRow * 4;
   int64_t at = AnswerAlign(sizeof(AnswerShared));
@@ -235,10 +241,11 @@ class PairAnswer {
   // As Finish, for a caller that takes the results where they are, with all threads of a block:
   //   taker.Exact(answer)       of the last block, when the exact zone is known and the state is
   //                             not; may have barriers of the block
+  //   taker.Pushed(answer)      of the last block, when what Exact began may have ended
   //   taker.Selection(answer)   of the last block
   //   taker.State(answer, any)  of every block; any: the state is not empty
   template <typename Taker>
-  __device__ __forceinline__ void Answer(const Taker& taker);
+  __device__ __forceinline__ void Answer(Taker& taker);
   // For takers. Exact token i, counted from 0: its part and its head-local slot there.
   __device__ __forceinline__ int rank() const { return rank_; }
   __device__ __forceinline__ int ExactCount() const { return s_.exact_count; }
@@ -321,7 +328,10 @@ class PairAnswer {
   __device__ __forceinline__ unsigned char* CentroidRing(int turn) const;
   __device__ __forceinline__ void FetchCentroids(int turn);
   __device__ __forceinline__ void MultiplySlice(int slice, int turn, float (&sums)[4][4]);
-  __device__ __forceinline__ void PrepareCodeQueries();
+  template <typename Channel>
+  __device__ __forceinline__ float MakeOperands(const float* query, int head,
+                                                uint2 (*operands)[kWarp], const Channel& channel);
+  __device__ __forceinline__ void PrepareCodeSums(int head, float inverse);
   __device__ __forceinline__ float4 TileRow(float (&sum)[4]) const;
   __device__ __forceinline__ void Publish(float4* rows, int row, float4 logits);
   __device__ __forceinline__ void ScoreCentroids();
@@ -334,7 +344,7 @@ class PairAnswer {
   __device__ __forceinline__ const unsigned char* CodesOfTile(int tile);
   __device__ __forceinline__ unsigned char* CodeRing(int turn) const;
   template <bool kValues>
-  __device__ __forceinline__ void FetchCodes(int tile, int end, int turn);
+  __device__ __forceinline__ void CopyCodes(const unsigned char* mine, int turn);
   template <bool kValues>
   __device__ __forceinline__ void FillRing();
   template <bool kValues, typename Use>
@@ -342,9 +352,13 @@ class PairAnswer {
   template <typename Done>
   __device__ __forceinline__ void ScoreTile(int tile, const unsigned char* rows, const Done& done);
   __device__ __forceinline__ void ScoreTokens();
-  __device__ __forceinline__ void PrefetchMeans();
+  __device__ __forceinline__ void PrefetchMeans(const uint16_t* list, int count);
   template <typename Weigh>
-  __device__ __forceinline__ void AddMeans(const uint16_t* list, int count, const Weigh& weigh);
+  __device__ __forceinline__ void SumMeans(const uint16_t* list, int count, float unit,
+                                           const Weigh& weigh, float (&joined)[4][4]);
+  __device__ __forceinline__ void JoinMeans(const float (&sums)[8][4], float inverse,
+                                            float (&joined)[4][4]) const;
+  __device__ __forceinline__ float* PartialOf(int block_pair, int i);
   __device__ __forceinline__ void SumEstimated();
   __device__ __forceinline__ void ChooseExact();
   __device__ __forceinline__ void WeighTokens();
@@ -356,7 +370,8 @@ class PairAnswer {
                                           CodeSums& sums);
   __device__ __forceinline__ void AddCodes(const CodeSums& sums);
   __device__ __forceinline__ void SumCodes();
-  __device__ __forceinline__ void SumState(int position);
+  __device__ __forceinline__ void WeighState(bool coded);
+  __device__ __forceinline__ void SumState(bool coded);
   __device__ __forceinline__ int ExactPosition(int i);
   __device__ __forceinline__ void WriteSelection(const SelectCudaOutput& out, int row);
   __device__ __forceinline__ void WriteState(const SelectCudaOutput& out, int row, bool any);
@@ -365,7 +380,19 @@ class PairAnswer {
   struct Writer {
     const SelectCudaOutput& out;
     int row;
-    __device__ __forceinline__ void Exact(PairAnswer&) const {}
+    int position = 0;  // of exact token threadIdx.x: asked for early
+
+    __device__ __forceinline__ void Exact(PairAnswer& answer) {
+      const int i = answer.thread_, exact = answer.ExactCount();
+      if (i < exact) position = answer.ExactPosition(i);
+    }
+    __device__ __forceinline__ void Pushed(PairAnswer& answer) const {
+      const int exact = answer.ExactCount();
+      for (int i = answer.thread_; i < exact; i += kThreads) {
+        answer.template Array<int>(answer.plan_.exact_position)[i] =
+            i < kThreads ? position : answer.ExactPosition(i);
+      }
+    }
     __device__ __forceinline__ void Selection(PairAnswer& answer) const {
       answer.WriteSelection(out, row);
     }
@@ -387,8 +414,8 @@ class PairAnswer {
   const unsigned char* centroid_[kAnswerTile / 4] = {};  // where its rows lane / 8 + 4 i are
   float weight_ = 0, balance_ = 0;                       // of channel thread_ % 128
   int listed_count_ = 0, token_count_ = 0, estimated_count_ = 0;
-  float4 state_[kAnswerHeads];  // of channels 4 lane ..: the warp's part of the state
-  float weights_ = 0;           // of head lane % 4: the lane's part of the weights' sum
+  float state_[4][4];  // the warp's part of the estimated zone: what PartialOf(i, j) names
+  float weights_ = 0;  // of head lane / 4 % 4: the lane's part of the weights' sum
   float4 estimated_max_, state_max_;
 };
 

@@ -62,7 +62,7 @@ struct SelectScratch::Impl {
 
   // The state: logits, then weights, of coded tokens, and of the clusters whose value means count.
   HeadRows coded_weights, row_weights;
-  std::vector<const float*> rows;
+  std::vector<const uint16_t*> rows;
   std::vector<int32_t> row_sizes;
   std::vector<float> code_sums, row_sums;
 
@@ -160,10 +160,10 @@ class Selector {
       const int64_t begin = head_ * part.clusters;
       ForEachRun(part.centroids, begin, begin + part.clusters,
                  [&](const std::byte* centroids, int64_t first, int64_t count) {
-                   select_simd::DotRows(reinterpret_cast<const float*>(centroids), count, head_dim_,
-                                        s_.queries.data(), group_,
-                                        s_.cluster_logits.Row(0) + offset + first - begin,
-                                        s_.cluster_logits.stride);
+                   select_simd::DotHalfRows(reinterpret_cast<const uint16_t*>(centroids), count,
+                                            head_dim_, s_.queries.data(), group_,
+                                            s_.cluster_logits.Row(0) + offset + first - begin,
+                                            s_.cluster_logits.stride);
                  });
       offset += part.clusters;
     }
@@ -402,10 +402,10 @@ class Selector {
     s_.token_codes.resize(kept);
   }
 
-  const float* ValueMean(int32_t cluster) const {
+  const uint16_t* ValueMean(int32_t cluster) const {
     const IndexPartView& part = input_.parts[s_.cluster_part[cluster]];
     const int64_t of_part = cluster - s_.part_first_cluster[s_.cluster_part[cluster]];
-    return part.value_means.As<float>(head_ * part.clusters + of_part);
+    return part.value_means.As<uint16_t>(head_ * part.clusters + of_part);
   }
 
   // The value means that enter the state: of the estimated clusters, then of the coded tokens'
@@ -474,8 +474,8 @@ class Selector {
                                     s_.coded_weights.Row(0), s_.coded_weights.stride, group_,
                                     s_.code_sums.data());
     }
-    select_simd::AddWeightedRows(s_.rows.data(), rows, head_dim_, s_.row_weights.Row(0),
-                                 s_.row_weights.stride, group_, s_.row_sums.data());
+    select_simd::AddWeightedHalfRows(s_.rows.data(), rows, head_dim_, s_.row_weights.Row(0),
+                                     s_.row_weights.stride, group_, s_.row_sums.data());
     const float* value_balance = Channels(input_) + 2 * head_dim_;
     for (int64_t i = 0; i < group_ * head_dim_; ++i) {
       selection_.state_output[i] =

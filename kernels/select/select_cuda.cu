@@ -284,8 +284,8 @@ __device__ void LoadSizes(Context& c) {
   }
 }
 
-// Rows [head_dim] of `view` of eight clusters, 4 kVectors floats per lane and row, all in flight at
-// once.
+// Rows [head_dim] of halves of eight clusters, 4 kVectors channels per lane and row, all in flight
+// at once.
 template <int kVectors>
 struct EightRows {
   float4 row[8][kVectors];
@@ -299,8 +299,12 @@ struct EightRows {
 #pragma unroll
       for (int v = 0; v < kVectors; ++v) {
         const int channel = 4 * (lane + v * kWarp);
-        row[i][v] = channel < dim ? *reinterpret_cast<const float4*>(at + 4 * channel)
-                                  : make_float4(0, 0, 0, 0);
+        const uint2 halves =
+            channel < dim ? *reinterpret_cast<const uint2*>(at + 2 * channel) : make_uint2(0, 0);
+        row[i][v] = make_float4(HalfBitsToFloat(static_cast<uint16_t>(halves.x)),
+                                HalfBitsToFloat(static_cast<uint16_t>(halves.x >> 16)),
+                                HalfBitsToFloat(static_cast<uint16_t>(halves.y)),
+                                HalfBitsToFloat(static_cast<uint16_t>(halves.y >> 16)));
       }
     }
   }

@@ -18,10 +18,9 @@ constexpr double kMinusInfinity = -std::numeric_limits<double>::infinity();
 struct Cluster {
   int32_t id = 0;  // counted over the parts
   int32_t part = 0;
-  int64_t begin = 0, end = 0;       // head-local slots
-  std::vector<double> logits;       // [group]: q_m · centroid * scale
-  const float* centroid = nullptr;  // [head_dim], in the metric's space
-  const float* value_mean = nullptr;
+  int64_t begin = 0, end = 0;     // head-local slots
+  std::vector<double> logits;     // [group]: q_m · centroid * scale
+  std::vector<float> value_mean;  // [head_dim]
 
   int64_t size() const { return end - begin; }
 };
@@ -88,6 +87,15 @@ class Selector {
   }
 
  private:
+  // Element `row`, [head_dim] half.
+  std::vector<float> Row(const PagedView& halves, int64_t row) const {
+    std::vector<float> floats;
+    for (int64_t j = 0; j < head_dim_; ++j) {
+      floats.push_back(HalfToFloat(halves.As<uint16_t>(row)[j]));
+    }
+    return floats;
+  }
+
   absl::Status LoadClusters() {
     const float* weight = Channels(input_);
     queries_.assign(group_, std::vector<double>(head_dim_));
@@ -106,10 +114,10 @@ class Selector {
         cluster.part = static_cast<int32_t>(p);
         cluster.begin = *part.cluster_begin.As<int32_t>(begin_row);
         cluster.end = *part.cluster_begin.As<int32_t>(begin_row + 1);
-        cluster.centroid = part.centroids.As<float>(row);
-        cluster.value_mean = part.value_means.As<float>(row);
+        const std::vector<float> centroid = Row(part.centroids, row);
+        cluster.value_mean = Row(part.value_means, row);
         for (int64_t g = 0; g < group_; ++g) {
-          cluster.logits.push_back(Dot(queries_[g], cluster.centroid) * input_.scale);
+          cluster.logits.push_back(Dot(queries_[g], centroid.data()) * input_.scale);
           CKV_RETURN_IF_ERROR(CheckLogit(g, cluster.logits.back()));
         }
         clusters_.push_back(std::move(cluster));
@@ -286,7 +294,7 @@ class Selector {
       }
     }
     for (const Cluster* cluster : estimated) {
-      values.insert(values.end(), cluster->value_mean, cluster->value_mean + head_dim_);
+      values.insert(values.end(), cluster->value_mean.begin(), cluster->value_mean.end());
     }
     for (int64_t g = 0; g < group_; ++g) {
       std::vector<double> logits;

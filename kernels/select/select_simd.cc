@@ -82,9 +82,16 @@ HWY_INLINE void SumOfFour(const Vector (&v)[kTileRows], float* HWY_RESTRICT sums
 #endif
 }
 
+// Numbers of a row, floats or halves, as a vector.
+HWY_INLINE Vector LoadRow(const float* row) { return hn::LoadU(Tag(), row); }
+HWY_INLINE Vector LoadRow(const hwy::float16_t* row) {
+  const hn::Rebind<hwy::float16_t, Tag> d16;
+  return hn::PromoteTo(Tag(), hn::LoadU(d16, row));
+}
+
 // dots[h * 4 + r] = queries[h] · rows[r].
-template <int kHeads>
-HWY_INLINE void DotTile(const float* const (&rows)[kTileRows], const float* HWY_RESTRICT queries,
+template <int kHeads, typename Element>
+HWY_INLINE void DotTile(const Element* const (&rows)[kTileRows], const float* HWY_RESTRICT queries,
                         int64_t head_dim, float* HWY_RESTRICT dots) {
   const Tag d;
   Vector sums[kHeads][kTileRows];
@@ -92,8 +99,8 @@ HWY_INLINE void DotTile(const float* const (&rows)[kTileRows], const float* HWY_
     for (auto& sum : of_head) sum = hn::Zero(d);
   }
   for (int64_t j = 0; j < head_dim; j += Lanes()) {
-    const Vector row[kTileRows] = {hn::LoadU(d, rows[0] + j), hn::LoadU(d, rows[1] + j),
-                                   hn::LoadU(d, rows[2] + j), hn::LoadU(d, rows[3] + j)};
+    const Vector row[kTileRows] = {LoadRow(rows[0] + j), LoadRow(rows[1] + j), LoadRow(rows[2] + j),
+                                   LoadRow(rows[3] + j)};
     for (int h = 0; h < kHeads; ++h) {
       const Vector query = hn::LoadU(d, queries + h * head_dim + j);
       for (int r = 0; r < kTileRows; ++r) sums[h][r] = hn::MulAdd(query, row[r], sums[h][r]);
@@ -103,7 +110,8 @@ HWY_INLINE void DotTile(const float* const (&rows)[kTileRows], const float* HWY_
 }
 
 // dots [group, 4] of four rows.
-HWY_INLINE void DotGroup(const float* const (&rows)[kTileRows], const float* HWY_RESTRICT queries,
+template <typename Element>
+HWY_INLINE void DotGroup(const Element* const (&rows)[kTileRows], const float* HWY_RESTRICT queries,
                          int64_t head_dim, int64_t group, float* HWY_RESTRICT dots) {
   int64_t g = 0;
   for (; g + kTileHeads <= group; g += kTileHeads) {
@@ -125,19 +133,20 @@ HWY_INLINE void DotGroup(const float* const (&rows)[kTileRows], const float* HWY
 
 constexpr int64_t kMaxGroupHeads = 32;
 
-void DotRowsTarget(const float* HWY_RESTRICT matrix, int64_t count, int64_t head_dim,
-                   const float* HWY_RESTRICT queries, int64_t group, float* HWY_RESTRICT logits,
-                   int64_t stride) {
+template <typename Element>
+HWY_INLINE void DotRowsOf(const Element* HWY_RESTRICT matrix, int64_t count, int64_t head_dim,
+                          const float* HWY_RESTRICT queries, int64_t group,
+                          float* HWY_RESTRICT logits, int64_t stride) {
   constexpr int64_t kAhead = 8 * kTileRows;
   HWY_ALIGN float dots[kMaxGroupHeads * kTileRows];
   for (int64_t r = 0; r < count; r += kTileRows) {
     if (r + kAhead < count) {
       const int64_t rows_ahead = std::min(kTileRows, count - r - kAhead);
       PrefetchBytes(matrix + (r + kAhead) * head_dim,
-                    rows_ahead * head_dim * static_cast<int64_t>(sizeof(float)));
+                    rows_ahead * head_dim * static_cast<int64_t>(sizeof(Element)));
     }
     const int64_t valid = std::min(kTileRows, count - r);
-    const float* rows[kTileRows];
+    const Element* rows[kTileRows];
     for (int64_t i = 0; i < kTileRows; ++i) {
       rows[i] = matrix + (r + std::min(i, valid - 1)) * head_dim;
     }
@@ -151,6 +160,16 @@ void DotRowsTarget(const float* HWY_RESTRICT matrix, int64_t count, int64_t head
       }
     }
   }
+}
+
+void DotRowsTarget(const float* rows, int64_t count, int64_t head_dim, const float* queries,
+                   int64_t group, float* logits, int64_t stride) {
+  DotRowsOf(rows, count, head_dim, queries, group, logits, stride);
+}
+void DotHalfRowsTarget(const uint16_t* rows, int64_t count, int64_t head_dim, const float* queries,
+                       int64_t group, float* logits, int64_t stride) {
+  DotRowsOf(reinterpret_cast<const hwy::float16_t*>(rows), count, head_dim, queries, group, logits,
+            stride);
 }
 
 // Scales and lows of one token's K or V as floats.
@@ -257,8 +276,8 @@ void AddCodeDotsTarget(int bits, int64_t group_channels, int64_t head_dim,
 }
 
 // sums[h] += Σ_r weights[h * stride + r] rows[r], over four rows.
-template <int kHeads>
-HWY_INLINE void SumTile(const float* const (&rows)[kTileRows], const float* HWY_RESTRICT weights,
+template <int kHeads, typename Element>
+HWY_INLINE void SumTile(const Element* const (&rows)[kTileRows], const float* HWY_RESTRICT weights,
                         int64_t stride, int64_t valid, int64_t head_dim, float* HWY_RESTRICT sums) {
   const Tag d;
   Vector weight[kHeads][kTileRows];
@@ -268,8 +287,8 @@ HWY_INLINE void SumTile(const float* const (&rows)[kTileRows], const float* HWY_
     }
   }
   for (int64_t j = 0; j < head_dim; j += Lanes()) {
-    const Vector row[kTileRows] = {hn::LoadU(d, rows[0] + j), hn::LoadU(d, rows[1] + j),
-                                   hn::LoadU(d, rows[2] + j), hn::LoadU(d, rows[3] + j)};
+    const Vector row[kTileRows] = {LoadRow(rows[0] + j), LoadRow(rows[1] + j), LoadRow(rows[2] + j),
+                                   LoadRow(rows[3] + j)};
     for (int h = 0; h < kHeads; ++h) {
       Vector sum = hn::LoadU(d, sums + h * head_dim + j);
       for (int r = 0; r < kTileRows; ++r) sum = hn::MulAdd(weight[h][r], row[r], sum);
@@ -278,7 +297,8 @@ HWY_INLINE void SumTile(const float* const (&rows)[kTileRows], const float* HWY_
   }
 }
 
-HWY_INLINE void SumGroup(const float* const (&rows)[kTileRows], const float* HWY_RESTRICT weights,
+template <typename Element>
+HWY_INLINE void SumGroup(const Element* const (&rows)[kTileRows], const float* HWY_RESTRICT weights,
                          int64_t stride, int64_t valid, int64_t head_dim, int64_t group,
                          float* HWY_RESTRICT sums) {
   int64_t g = 0;
@@ -299,17 +319,19 @@ HWY_INLINE void SumGroup(const float* const (&rows)[kTileRows], const float* HWY
   }
 }
 
-void AddWeightedRowsTarget(const float* const* HWY_RESTRICT matrix, int64_t count, int64_t head_dim,
-                           const float* HWY_RESTRICT weights, int64_t stride, int64_t group,
-                           float* HWY_RESTRICT sums) {
+void AddWeightedHalfRowsTarget(const uint16_t* const* HWY_RESTRICT matrix, int64_t count,
+                               int64_t head_dim, const float* HWY_RESTRICT weights, int64_t stride,
+                               int64_t group, float* HWY_RESTRICT sums) {
   constexpr int64_t kAhead = 4 * kTileRows;
   for (int64_t r = 0; r < count; r += kTileRows) {
     for (int64_t i = r + kAhead; i < std::min(r + kAhead + kTileRows, count); ++i) {
-      PrefetchBytes(matrix[i], head_dim * static_cast<int64_t>(sizeof(float)));
+      PrefetchBytes(matrix[i], head_dim * static_cast<int64_t>(sizeof(uint16_t)));
     }
     const int64_t valid = std::min(kTileRows, count - r);
-    const float* rows[kTileRows];
-    for (int64_t i = 0; i < kTileRows; ++i) rows[i] = matrix[r + std::min(i, valid - 1)];
+    const hwy::float16_t* rows[kTileRows];
+    for (int64_t i = 0; i < kTileRows; ++i) {
+      rows[i] = reinterpret_cast<const hwy::float16_t*>(matrix[r + std::min(i, valid - 1)]);
+    }
     SumGroup(rows, weights + r, stride, valid, head_dim, group, sums);
   }
 }
@@ -438,8 +460,9 @@ HWY_AFTER_NAMESPACE();
 namespace clusterkv::kernels {
 
 HWY_EXPORT(DotRowsTarget);
+HWY_EXPORT(DotHalfRowsTarget);
 HWY_EXPORT(AddCodeDotsTarget);
-HWY_EXPORT(AddWeightedRowsTarget);
+HWY_EXPORT(AddWeightedHalfRowsTarget);
 HWY_EXPORT(AddWeightedCodesTarget);
 HWY_EXPORT(MaxOfTarget);
 HWY_EXPORT(ExpAndSumTarget);
@@ -454,6 +477,11 @@ void DotRows(const float* rows, int64_t count, int64_t head_dim, const float* qu
   HWY_DYNAMIC_DISPATCH(DotRowsTarget)(rows, count, head_dim, queries, group, logits, stride);
 }
 
+void DotHalfRows(const uint16_t* rows, int64_t count, int64_t head_dim, const float* queries,
+                 int64_t group, float* logits, int64_t stride) {
+  HWY_DYNAMIC_DISPATCH(DotHalfRowsTarget)(rows, count, head_dim, queries, group, logits, stride);
+}
+
 void AddCodeDots(const CodesParams& codes, int64_t head_dim, const std::byte* const* tokens,
                  int64_t count, const float* queries, int64_t group, float* logits,
                  int64_t stride) {
@@ -461,9 +489,10 @@ void AddCodeDots(const CodesParams& codes, int64_t head_dim, const std::byte* co
   (codes.bits, codes.group_channels, head_dim, tokens, count, queries, group, logits, stride);
 }
 
-void AddWeightedRows(const float* const* rows, int64_t count, int64_t head_dim,
-                     const float* weights, int64_t stride, int64_t group, float* sums) {
-  HWY_DYNAMIC_DISPATCH(AddWeightedRowsTarget)(rows, count, head_dim, weights, stride, group, sums);
+void AddWeightedHalfRows(const uint16_t* const* rows, int64_t count, int64_t head_dim,
+                         const float* weights, int64_t stride, int64_t group, float* sums) {
+  HWY_DYNAMIC_DISPATCH(AddWeightedHalfRowsTarget)
+  (rows, count, head_dim, weights, stride, group, sums);
 }
 
 void AddWeightedCodes(const CodesParams& codes, int64_t head_dim, const std::byte* const* tokens,

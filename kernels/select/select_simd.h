@@ -18,15 +18,18 @@ constexpr int64_t kLogitPadding = 16;
 // another. queries [group, head_dim].
 void DotRows(const float* rows, int64_t count, int64_t head_dim, const float* queries,
              int64_t group, float* logits, int64_t stride);
+// The same of rows of halves.
+void DotHalfRows(const uint16_t* rows, int64_t count, int64_t head_dim, const float* queries,
+                 int64_t group, float* logits, int64_t stride);
 
 // logits[g * stride + t] += queries[g] · (low + scale code of the K half of tokens[t]). `queries`
 // are those of the balanced residuals: divided by the K balance.
 void AddCodeDots(const CodesParams& codes, int64_t head_dim, const std::byte* const* tokens,
                  int64_t count, const float* queries, int64_t group, float* logits, int64_t stride);
 
-// sums[g] += Σ_r weights[g * stride + r] rows[r], sums [group, head_dim].
-void AddWeightedRows(const float* const* rows, int64_t count, int64_t head_dim,
-                     const float* weights, int64_t stride, int64_t group, float* sums);
+// sums[g] += Σ_r weights[g * stride + r] rows[r] of rows of halves, sums [group, head_dim].
+void AddWeightedHalfRows(const uint16_t* const* rows, int64_t count, int64_t head_dim,
+                         const float* weights, int64_t stride, int64_t group, float* sums);
 
 // The same of the V half of tokens' codes, balanced as they are.
 void AddWeightedCodes(const CodesParams& codes, int64_t head_dim, const std::byte* const* tokens,

@@ -300,6 +300,51 @@ TEST_F(ShardSelectTest, RecallByNameSendsTokensAndClusters) {
   }
 }
 
+// Numbers of an IndexChunk's vector.
+std::vector<float> Floats(const v1::Vector& vector) {
+  EXPECT_EQ(vector.type(), v1::ELEMENT_TYPE_FLOAT32);
+  std::vector<float> floats(vector.data().size() / sizeof(float));
+  std::memcpy(floats.data(), vector.data().data(), floats.size() * sizeof(float));
+  return floats;
+}
+
+TEST_F(ShardSelectTest, TheIndexShowsMeansAsTheNearestHalves) {
+  shard_.Ready(OpenRequest("a", kv_, kPrompt), kv_);
+  v1::GetIndexRequest request;
+  *request.mutable_sequence() = Handle("a");
+  request.set_want_positions(true);
+  request.set_want_centroids(true);
+  request.set_want_value_means(true);
+  const std::vector<v1::IndexChunk> index = shard_->GetIndex(request).value();
+  ASSERT_EQ(index.size(), 2u) << "one part, two heads";
+  const int64_t dim = kv_.shape.head_dim();
+  for (const v1::IndexChunk& chunk : index) {
+    const std::vector<float> weights = Floats(chunk.metric_weights());
+    const std::vector<float> centroids = Floats(chunk.centroids());
+    const std::vector<float> means = Floats(chunk.value_means());
+    ASSERT_EQ(weights.size(), static_cast<size_t>(dim));
+    ASSERT_EQ(centroids.size(), static_cast<size_t>(chunk.sizes_size() * dim));
+    ASSERT_EQ(means.size(), centroids.size());
+    int slot = 0;
+    for (int c = 0; c < chunk.sizes_size(); ++c) {
+      std::vector<double> sums(2 * dim, 0.0);
+      for (uint32_t i = 0; i < chunk.sizes(c); ++i) {
+        const std::string record = RawRecord(kv_, 0, chunk.kv_head(), chunk.positions(slot++));
+        std::vector<float> row(2 * dim);
+        kernels::ToFloat(reinterpret_cast<const std::byte*>(record.data()),
+                         kernels::ElementType::kBFloat16, 2 * dim, row.data());
+        for (int64_t j = 0; j < 2 * dim; ++j) sums[j] += j < dim ? row[j] * weights[j] : row[j];
+      }
+      for (int64_t j = 0; chunk.sizes(c) > 0 && j < 2 * dim; ++j) {
+        const float mean = static_cast<float>(sums[j] / chunk.sizes(c));
+        ASSERT_EQ(j < dim ? centroids[c * dim + j] : means[c * dim + j - dim],
+                  kernels::HalfToFloat(kernels::FloatToHalfSaturated(mean)))
+            << c << " " << j;
+      }
+    }
+  }
+}
+
 TEST_F(ShardSelectTest, RecallRefusesWhatIsNotClustered) {
   shard_.Ready(OpenRequest("a", kv_, kPrompt), kv_);
   const auto recall = [&](uint32_t head, std::vector<uint32_t> positions,

@@ -153,6 +153,7 @@ GPU_TEST(IndexHeadsOf512) { RunCase("wide"); }
 GPU_TEST(IndexHeadsOf48ThreeBits) { RunCase("many_heads"); }
 GPU_TEST(IndexFewTokens) { RunCase("nothing_left"); }
 GPU_TEST(IndexOfEqualKeys) { RunCase("ties"); }
+GPU_TEST(IndexRoundsCentroidsAndMeansAsTheHostDoes) { RunCase("half_edges"); }
 GPU_TEST(IndexRefusesWhatItCannotBuild) { IndexCase("nothing_left").Refuses(); }
 
 }  // namespace

@@ -2,6 +2,7 @@
 #include <cmath>
 #include <cstdint>
 #include <iostream>
+#include <iterator>
 #include <random>
 #include <string>
 #include <vector>
@@ -44,9 +45,22 @@ struct SelectCase {
   ElementType type = ElementType::kBFloat16;
   bool balanced = true;
   bool equal_keys = false;
-  float spread = 1.0f;  // of the logits
+  bool half_edges = false;  // rows equal their center, which is what halves can hardly hold
+  float spread = 1.0f;      // of the logits
   const char* codec = "raw";
 };
+
+// A number that a half rounds: of any size from below the smallest half to beyond the largest, near
+// a tie as often as not.
+float HalfEdge() {
+  constexpr uint32_t kTails[] = {0, 1, 0xfff, 0x1000, 0x1001, 0x1fff};
+  const auto random = static_cast<uint32_t>(generator());
+  const uint32_t of_half = 0x400u | (random & 0x3ffu);
+  const uint32_t mantissa = of_half << 13 | kTails[(random >> 10 & 0x3fu) % std::size(kTails)];
+  const int exponent = static_cast<int>((random >> 16 & 0x7fffu) % 46) - 27;
+  const float magnitude = std::ldexp(static_cast<float>(mantissa), exponent - 23);
+  return random >> 31 != 0 ? -magnitude : magnitude;
+}
 
 // Tokens around random centers; channels of different size; [tokens, kv_heads, head_dim] of the
 // type.
@@ -54,13 +68,15 @@ std::vector<std::byte> Rows(const SelectCase& c, int64_t tokens, float noise) {
   const int64_t width = c.kv_heads * c.head_dim;
   const int64_t centers = std::max<int64_t>(1, tokens / 20);
   std::vector<float> center(centers * width), rows(tokens * width);
-  for (float& x : center) x = Normal();
+  for (float& x : center) x = c.half_edges ? HalfEdge() : Normal();
   for (int64_t t = 0; t < tokens; ++t) {
     const int64_t from = static_cast<int64_t>(generator() % static_cast<uint64_t>(centers));
     for (int64_t j = 0; j < width; ++j) {
       const float size = j % 11 == 3 ? 8.0f : 1.0f;
-      rows[t * width + j] =
-          c.equal_keys ? 1.0f : size * (center[from * width + j] + noise * Normal());
+      const float of_center = center[from * width + j];
+      rows[t * width + j] = c.equal_keys   ? 1.0f
+                            : c.half_edges ? of_center
+                                           : size * (of_center + noise * Normal());
     }
   }
   std::vector<std::byte> out(rows.size() * ElementBytes(c.type));
@@ -270,6 +286,9 @@ const SelectCase kSelectCases[] = {
      .codes = {2, 32}, .params = Params(64, 1003, 0.25f)},
     {.name = "flat", .head_dim = 128, .group = 4, .kv_heads = 1, .parts = {8700},
      .codes = {2, 32}, .params = Params(64, 800, 0.25f), .spread = 0.01f},
+    {.name = "half_edges", .head_dim = 128, .group = 4, .kv_heads = 2, .parts = {1100},
+     .codes = {2, 32}, .params = Params(64, 512, 0.25f), .type = ElementType::kFloat32,
+     .balanced = false, .half_edges = true},
 };
 // clang-format on
 

@@ -83,6 +83,11 @@ def through_codes(residual: torch.Tensor, bits: int, group: int) -> torch.Tensor
     return (codes * scale + low).view(tokens, dim) / balance
 
 
+def stored(means: torch.Tensor) -> torch.Tensor:
+    """Centroids and value means as an index keeps them: the nearest halves, saturating."""
+    return means.clamp(-65504, 65504).half().float()
+
+
 class HeadIndex:
     """The index of one KV head of one layer over its prompt."""
 
@@ -105,9 +110,9 @@ class HeadIndex:
                        for begin in range(0, len(k), segment))
         self.sizes = torch.bincount(labels, minlength=clusters)
         sums = torch.zeros(clusters, k.shape[1], device=k.device).index_add_(0, labels, k)
-        self.centroids = sums / self.sizes.clamp(min=1)[:, None]
+        self.centroids = stored(sums / self.sizes.clamp(min=1)[:, None])
         sums = torch.zeros_like(self.centroids).index_add_(0, self.labels, v)
-        self.value_means = sums / self.sizes.clamp(min=1)[:, None]
+        self.value_means = stored(sums / self.sizes.clamp(min=1)[:, None])
         order = torch.sort(self.labels, stable=True).indices
         begins = self.sizes.cumsum(0) - self.sizes
         self.rank_in_cluster = torch.empty_like(self.labels)

@@ -156,14 +156,14 @@ def bench_select(library, report):
         pairs = sequences * 8
         handle = library.create("ckv_select_create", sequences, clusters, 0, ctypes.c_float(0),
                                 layers, 0)
-        centroids = torch.randn(layers, pairs, clusters, 128, device="cuda")
-        queries = torch.randn(layers, pairs, 128, 4, device="cuda")
+        centroids = torch.randn(layers, pairs, clusters, 128, device="cuda").half()
+        queries = torch.randn(layers, pairs, 128, 4, device="cuda").half()
 
         def gemv(layer):
             return torch.bmm(centroids[layer], queries[layer])
 
         def gemv_topk(layer):
-            rank = torch.softmax(gemv(layer), 1).sum(-1)
+            rank = torch.softmax(gemv(layer).float(), 1).sum(-1)
             torch.topk(rank, min(clusters, 128), dim=-1)
 
         run = library.runner("ckv_select_run", handle)
@@ -186,6 +186,20 @@ def bench_answer(library, report):
                               library.runner("ckv_select_peer", handle)], layers)
         report.add(f"answer, 32k, batch {sequences}, W = 2,048", ours, "us",
                    "reading the same scattered bytes", peer, ours / peer, "<= 1.5")
+
+
+def bench_round(library, report):
+    """A round of the resident kernel: one a launch, with queries that are there already."""
+    for sequences, blocks, layers in ((1, 8, 16), (4, 4, 16), (4, 3, 16), (16, 1, 8)):
+        answer = library.create("ckv_select_create", sequences, 2048, 2048, ctypes.c_float(0.25),
+                                layers, 0)
+        handle = library.create("ckv_round_create", ctypes.c_void_p(answer), blocks)
+        peer = library.runner("ckv_select_peer", answer)
+        for layer in range(layers):  # the peer reads what these chose
+            library.runner("ckv_select_run", answer)(layer)
+        ours, floor = compare([library.runner("ckv_round_run", handle), peer], layers)
+        report.add(f"a resident round, 32k, batch {sequences}, {blocks} blocks a pair", ours, "us",
+                   "reading the same scattered bytes", floor, ours / floor, "-")
 
 
 def bench_answer_parts(library, report):
@@ -234,7 +248,7 @@ def main():
     parser = argparse.ArgumentParser()
     parser.add_argument("--lib", required=True)
     parser.add_argument("--out", required=True)
-    parser.add_argument("--only", default="kmeans,index,select,answer,answer_parts,attention,move")
+    parser.add_argument("--only", default="kmeans,index,select,answer,round,answer_parts,attention,move")
     options = parser.parse_args()
     torch.manual_seed(1)
     stream = torch.cuda.Stream()

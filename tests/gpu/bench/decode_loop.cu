@@ -317,7 +317,7 @@ int ckv_loop_cache(int service, int decode, int sequences, int layers, int token
   const int64_t clusters = IndexCudaClusters(params, tokens);
   const int64_t caches = int64_t{sequences} * layers;
   const int64_t per_cache =
-      tokens * kHeads * (512 + 96 + 8) + clusters * kHeads * 1030 + (int64_t{2} << 20);
+      tokens * kHeads * (512 + 96 + 8) + clusters * kHeads * (4 * kDim + 6) + (int64_t{2} << 20);
   const int64_t raw_bytes = int64_t{tokens} * kRow * 2;
   loop.index.Create(service, caches * per_cache + 2 * raw_bytes +
                                  IndexCudaWorkspaceBytes(params, tokens) + (int64_t{64} << 20));
@@ -340,8 +340,8 @@ int ckv_loop_cache(int service, int decode, int sequences, int layers, int token
     part.first_token = kSinks;
     part.tokens = tokens;
     part.clusters = static_cast<int32_t>(clusters);
-    part.centroids = MakePaged(4 * kDim, kHeads * clusters);
-    part.value_means = MakePaged(4 * kDim, kHeads * clusters);
+    part.centroids = MakePaged(2 * kDim, kHeads * clusters);
+    part.value_means = MakePaged(2 * kDim, kHeads * clusters);
     part.cluster_begin = MakePaged(4, kHeads * (clusters + 1));
     part.positions = MakePaged(4, int64_t{kHeads} * tokens);
     part.slots = MakePaged(4, int64_t{kHeads} * tokens);

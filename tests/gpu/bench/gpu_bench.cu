@@ -4,6 +4,7 @@
 // is one ckv_NAME_peer(handle, layer, stream). `layers` independent copies of the data lie in
 // memory, so that timing over them does not measure the L2 cache. Handles live as long as the
 // process.
+#include <cuda_fp16.h>
 #include <cuda_runtime.h>
 
 #include <algorithm>
@@ -16,6 +17,7 @@
 #include "kernels/gather/gather_cuda.h"
 #include "kernels/index/index_cuda.h"
 #include "kernels/kmeans/kmeans_cuda.h"
+#include "kernels/resident/resident_cuda.h"
 #include "kernels/select/select_cuda.h"
 #include "tests/gpu/bench/bench_ok.h"
 
@@ -52,6 +54,12 @@ __global__ void FillFloats(float* to, int64_t count, uint64_t seed, float size) 
     to[i] = HashUniform(i + seed * 0x9e3779b97f4a7c15ull) * size;
   }
 }
+__global__ void FillHalves(uint16_t* to, int64_t count, uint64_t seed, float size) {
+  for (int64_t i = blockIdx.x * int64_t{blockDim.x} + threadIdx.x; i < count;
+       i += int64_t{gridDim.x} * blockDim.x) {
+    to[i] = __half_as_ushort(__float2half_rn(HashUniform(i + seed * 0x9e3779b97f4a7c15ull) * size));
+  }
+}
 __global__ void FillBFloat16(uint16_t* to, int64_t count, uint64_t seed) {
   for (int64_t i = blockIdx.x * int64_t{blockDim.x} + threadIdx.x; i < count;
        i += int64_t{gridDim.x} * blockDim.x) {
@@ -86,6 +94,7 @@ DevicePagedView MakePaged(int64_t element_bytes, int64_t count, unsigned char** 
 // -----------------------------------------------------------------------------
 
 constexpr int kDim = 128, kHeads = 8, kGroup = 4;
+constexpr int kRowBytes = 2 * kDim;  // of a centroid, of a value mean
 
 struct SelectBench {
   SelectCudaParams params;
@@ -104,12 +113,10 @@ DeviceIndexPart MakePart(int clusters, uint64_t seed) {
   part.clusters = clusters;
   unsigned char* memory;
   const int64_t rows = int64_t{kHeads} * clusters, tokens = int64_t{kHeads} * part.tokens;
-  const int64_t padded = rows + kPageBytes / 512;
-  part.centroids = MakePaged(4 * kDim, rows, &memory);
-  FillFloats<<<1024, 256>>>(reinterpret_cast<float*>(memory), rows * kDim, seed, 1.5f);
-  part.value_means = MakePaged(4 * kDim, rows, &memory);
-  FillFloats<<<1024, 256>>>(reinterpret_cast<float*>(memory), rows * kDim, seed + 1, 1.0f);
-  (void)padded;
+  part.centroids = MakePaged(kRowBytes, rows, &memory);
+  FillHalves<<<1024, 256>>>(reinterpret_cast<uint16_t*>(memory), rows * kDim, seed, 1.5f);
+  part.value_means = MakePaged(kRowBytes, rows, &memory);
+  FillHalves<<<1024, 256>>>(reinterpret_cast<uint16_t*>(memory), rows * kDim, seed + 1, 1.0f);
   // Small arrays: in one page each.
   std::vector<int32_t> begin, positions;
   for (int h = 0; h < kHeads; ++h) {
@@ -130,6 +137,7 @@ DeviceIndexPart MakePart(int clusters, uint64_t seed) {
     FillCodes<<<64, 256>>>(reinterpret_cast<uint16_t*>(memory + p * kPageBytes), kPageBytes / 96,
                            seed * 977 + p);
   }
+  part.records = MakePaged(4 * kDim, tokens, &memory);  // of whatever numbers
   part.channels = MakeDevicePagedView(Upload(std::vector<float>(kHeads * 3 * kDim, 1.0f)), zero,
                                       kHeads * 3 * kDim * 4, 3 * kDim * 4);
   BENCH_OK(cudaGetLastError());
@@ -147,19 +155,26 @@ __global__ void __launch_bounds__(512)
   const DeviceIndexPart& part = pair.parts[0];
   const int lane = threadIdx.x % 32, warp = rank * 16 + threadIdx.x / 32, warps = blocks * 16;
   uint32_t sum = 0;
-  const auto read = [&](const unsigned char* row, int bytes) {
-    if (16 * lane < bytes) {
-      const uint4 x = reinterpret_cast<const uint4*>(row)[lane];
-      sum += x.x ^ x.y ^ x.z ^ x.w;
-    }
-  };
   const uint32_t base = static_cast<uint32_t>(pair.kv_head) * part.clusters;
+  // Rows of two clusters: half a warp each.
+  const auto read = [&](const DevicePagedView& view, int a, int b) {
+    const unsigned char* row = view.At(base + (lane < 16 ? a : b));
+    const uint4 x = reinterpret_cast<const uint4*>(row)[lane % 16];
+    sum += x.x ^ x.y ^ x.z ^ x.w;
+  };
+  const auto next = [](int i, int count) { return min(i + 1, count - 1); };
 #pragma unroll 8
-  for (int c = warp; c < part.clusters; c += warps) read(part.centroids.At(base + c), 512);
+  for (int c = 2 * warp; c < part.clusters; c += 2 * warps) {
+    read(part.centroids, c, next(c, part.clusters));
+  }
   const int scored = out.scored_count[index], estimated = out.estimated_count[index];
+  const int32_t* scored_clusters =
+      out.scored_clusters + static_cast<int64_t>(index) * out.max_listed;
+  for (int i = 2 * warp; i < scored; i += 2 * warps) {
+    read(part.value_means, scored_clusters[i], scored_clusters[next(i, scored)]);
+  }
   for (int i = warp; i < scored; i += warps) {
-    const int c = out.scored_clusters[static_cast<int64_t>(index) * out.max_listed + i];
-    read(part.value_means.At(base + c), 512);
+    const int c = scored_clusters[i];
     // 16 tokens of 96 bytes: three rounds of 512 bytes.
     const uint32_t first = static_cast<uint32_t>(pair.kv_head) * part.tokens + 16 * c;
 #pragma unroll
@@ -169,10 +184,11 @@ __global__ void __launch_bounds__(512)
       sum += x.x ^ x.y ^ x.z ^ x.w;
     }
   }
+  const int32_t* estimated_clusters =
+      out.estimated_clusters + static_cast<int64_t>(index) * out.max_listed;
 #pragma unroll 4
-  for (int i = warp; i < estimated; i += warps) {
-    const int c = out.estimated_clusters[static_cast<int64_t>(index) * out.max_listed + i];
-    read(part.value_means.At(base + c), 512);
+  for (int i = 2 * warp; i < estimated; i += 2 * warps) {
+    read(part.value_means, estimated_clusters[i], estimated_clusters[next(i, estimated)]);
   }
   if (sum == 0x12345678u) *sink = 1;
 }
@@ -258,6 +274,75 @@ int ckv_select_peer(void* handle, int layer, cudaStream_t stream) {
                                                     blocks, b->sink);
   return cudaGetLastError();
 }
+
+// ---- a round of the resident kernel
+// ----------------------------------------------------------------
+
+struct RoundBench {
+  std::vector<ServeParams> serves;  // per layer
+};
+
+// Rounds over the data of ckv_select_create: one a launch, with queries that are there already.
+void* ckv_round_create(void* of, int blocks_per_pair) {
+  const auto& select = *static_cast<SelectBench*>(of);
+  auto* bench = new RoundBench;
+  ServeParams serve;
+  ResidentShape& s = serve.shape;
+  s.layers = static_cast<int32_t>(select.device_pairs.size());
+  s.pairs = select.pairs;
+  s.group = kGroup;
+  s.head_dim = kDim;
+  s.max_exact = select.params.budget_tokens;
+  s.slots = 256;
+  serve.select = select.params;
+  serve.select.blocks_per_pair = blocks_per_pair;
+  serve.blocks = 128;
+  serve.rounds = 1;
+  const auto zeros = [](int64_t bytes) {
+    unsigned char* memory = Allocate<unsigned char>(bytes);
+    BENCH_OK(cudaMemset(memory, 0, bytes));
+    return memory;
+  };
+  std::vector<SelectCudaPair> pairs(int64_t{s.layers} * s.pairs);
+  for (int layer = 0; layer < s.layers; ++layer) {
+    BENCH_OK(cudaMemcpy(&pairs[int64_t{layer} * s.pairs], select.device_pairs[layer],
+                        s.pairs * sizeof(SelectCudaPair), cudaMemcpyDeviceToHost));
+  }
+  serve.pairs = Upload(pairs);
+  serve.replies = zeros(ReplyWindowBytes(s));
+  serve.hot_cache = zeros(HotCacheBytes(s));
+  serve.directory = zeros(DirectoryBytes(s));
+  serve.control = reinterpret_cast<ServeControl*>(zeros(sizeof(ServeControl)));
+  serve.workspace = zeros(ServeWorkspaceBytes(serve));
+  BENCH_OK(LaunchForget(s, serve.directory, 0, s.pairs, nullptr));
+  StepParams ask;
+  ask.shape = s;
+  ask.scale = select.params.scale;
+  ask.pairs = reinterpret_cast<const StepPair*>(
+      zeros(int64_t{s.layers} * s.pairs * static_cast<int64_t>(sizeof(StepPair))));
+  ask.replies = serve.replies;
+  ask.hot_cache = serve.hot_cache;
+  ask.rounds = reinterpret_cast<const uint64_t*>(zeros(8));
+  ask.status = reinterpret_cast<uint32_t*>(zeros(4));
+  const int64_t numbers = int64_t{s.pairs} * kGroup * kDim;
+  uint16_t* queries = Allocate<uint16_t>(numbers);
+  for (int layer = 0; layer < s.layers; ++layer) {
+    FillBFloat16<<<256, 256>>>(queries, numbers, 77 + layer);
+    ask.requests = zeros(RequestWindowBytes(s));
+    BENCH_OK(LaunchStep(ask, layer, kStepAsk, queries, queries, nullptr, nullptr));
+    serve.requests = ask.requests;
+    serve.first_round = static_cast<uint64_t>(layer) + 1;
+    bench->serves.push_back(serve);
+    BENCH_OK(cudaDeviceSynchronize());
+  }
+  return bench;
+}
+int ckv_round_run(void* handle, int layer, cudaStream_t stream) {
+  return LaunchServe(static_cast<RoundBench*>(handle)->serves[layer], stream);
+}
+
+// ---- attention
+// --------------------------------------------------------------------------------------
 
 struct AttentionBench {
   AttentionCudaParams params;
@@ -403,8 +488,8 @@ void* ckv_index_create(int tokens, int code_bits, int k8v4, int layers) {
     DeviceIndexPart part;
     part.tokens = tokens;
     part.clusters = static_cast<int32_t>(clusters);
-    part.centroids = MakePaged(4 * kDim, kHeads * clusters, &memory);
-    part.value_means = MakePaged(4 * kDim, kHeads * clusters, &memory);
+    part.centroids = MakePaged(kRowBytes, kHeads * clusters, &memory);
+    part.value_means = MakePaged(kRowBytes, kHeads * clusters, &memory);
     part.cluster_begin = MakePaged(4, kHeads * (clusters + 1), &memory);
     part.positions = MakePaged(4, int64_t{kHeads} * tokens, &memory);
     part.slots = MakePaged(4, int64_t{kHeads} * tokens, &memory);

@@ -134,6 +134,36 @@ TEST(ElementTypeTest, SaturationClampsWhatAHalfCannotHold) {
   EXPECT_EQ(HalfToFloat(FloatToHalfSaturated(-kInfinity)), -65504.0f);
   EXPECT_EQ(HalfToFloat(FloatToHalfSaturated(65519.0f)), 65504.0f);
   EXPECT_EQ(HalfToFloat(FloatToHalfSaturated(-1.5f)), -1.5f);
+  for (float value : HardFloats()) {
+    const uint16_t half = FloatToHalf(value);
+    const bool infinite = (half & 0x7fff) == 0x7c00;
+    ASSERT_EQ(FloatToHalfSaturated(value), infinite ? half - 1 : half) << value;
+  }
+}
+
+TEST(ElementTypeTest, RowsOfHalvesConvertAsTheirElements) {
+  const std::vector<float> floats = HardFloats();
+  const int64_t count = static_cast<int64_t>(floats.size());
+  std::vector<uint16_t> halves(count);
+  FloatToHalvesSaturated(floats.data(), count, halves.data());
+  for (int64_t i = 0; i < count; ++i) ASSERT_EQ(halves[i], FloatToHalfSaturated(floats[i])) << i;
+  std::vector<float> wide(count);
+  HalvesToFloat(halves.data(), count, wide.data());
+  for (int64_t i = 0; i < count; ++i) {
+    ASSERT_EQ(FloatBits(wide[i]), FloatBits(HalfToFloat(halves[i]))) << i;
+  }
+}
+
+TEST(ElementTypeTest, RowsOfHalvesSurviveTheRoundTrip) {
+  std::vector<uint16_t> halves(0x10000), back(halves.size());
+  for (size_t i = 0; i < halves.size(); ++i) halves[i] = static_cast<uint16_t>(i);
+  std::vector<float> wide(halves.size());
+  HalvesToFloat(halves.data(), static_cast<int64_t>(halves.size()), wide.data());
+  FloatToHalvesSaturated(wide.data(), static_cast<int64_t>(wide.size()), back.data());
+  for (size_t i = 0; i < halves.size(); ++i) {
+    if (!std::isfinite(wide[i])) continue;
+    ASSERT_EQ(back[i], halves[i]);
+  }
 }
 
 TEST(ElementTypeTest, SimdGivesTheBitsOfTheReference) {
@@ -187,6 +217,13 @@ TEST(ElementTypeTest, WritesNothingBeyondItsCountAtAnyLengthAndAlignment) {
         for (size_t i = count; i < wide.size(); ++i) ASSERT_EQ(wide[i], -1e30f) << count;
       }
     }
+  }
+  for (int64_t count : {0, 1, 15, 16, 17, 131}) {
+    const std::vector<float> floats(count, 2.0f);
+    std::vector<uint16_t> halves(count + 1, 0xa5a5);
+    FloatToHalvesSaturated(floats.data(), count, halves.data());
+    for (int64_t i = 0; i < count; ++i) ASSERT_EQ(halves[i], FloatToHalf(2.0f)) << count;
+    ASSERT_EQ(halves[count], 0xa5a5) << count;
   }
 }
 

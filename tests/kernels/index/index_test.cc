@@ -4,6 +4,7 @@
 #include <cmath>
 #include <cstdint>
 #include <cstdlib>
+#include <iterator>
 #include <limits>
 #include <memory>
 #include <random>
@@ -120,6 +121,9 @@ std::vector<float> Rounded(const KvShape& shape, const std::vector<float>& rows)
   return rounded;
 }
 
+// A mean as it is stored.
+uint16_t HalfOf(double mean) { return FloatToHalfSaturated(static_cast<float>(mean)); }
+
 // Everything that index.h promises of one head, recomputed from the labels that the part shows.
 void ExpectHeadHolds(const Case& c, const Data& data, const IndexPartView& part, int64_t head) {
   const int64_t dim = c.shape.head_dim, row = c.shape.kv_heads * dim;
@@ -153,11 +157,11 @@ void ExpectHeadHolds(const Case& c, const Data& data, const IndexPartView& part,
       }
     }
     for (int64_t d = 0; d < dim; ++d) {
-      const float mean = part.value_means.As<float>(head * part.clusters + cluster)[d];
-      ASSERT_EQ(mean, size > 0 ? static_cast<float>(value_sum[d] / size) : 0.0f);
+      const uint16_t mean = part.value_means.As<uint16_t>(head * part.clusters + cluster)[d];
+      ASSERT_EQ(mean, size > 0 ? HalfOf(value_sum[d] / size) : 0);
       if (size == 0) continue;
-      ASSERT_EQ(part.centroids.As<float>(head * part.clusters + cluster)[d],
-                static_cast<float>(key_sum[d] / size));
+      ASSERT_EQ(part.centroids.As<uint16_t>(head * part.clusters + cluster)[d],
+                HalfOf(key_sum[d] / size));
     }
   }
   ASSERT_EQ(static_cast<int64_t>(seen.size()), part.tokens);
@@ -186,8 +190,8 @@ void ExpectTokensHold(const Case& c, const Data& data, const IndexPartView& part
         const int64_t from = token * row + head * dim + d;
         StoreElement(data.keys[from], &key[d * element_bytes], c.shape.element_type);
         StoreElement(data.values[from], &value[d * element_bytes], c.shape.element_type);
-        residual[d] =
-            keys[from] * channels[d] - part.centroids.As<float>(head * part.clusters + cluster)[d];
+        residual[d] = keys[from] * channels[d] -
+                      HalfToFloat(part.centroids.As<uint16_t>(head * part.clusters + cluster)[d]);
       }
       codec.Encode(key.data(), 0, value.data(), 0, c.shape.element_type, dim, 1, record.data());
       ASSERT_TRUE(std::equal(record.begin(), record.end(), part.records.At(at))) << slot;
@@ -249,6 +253,59 @@ TEST(IndexTest, EqualsTheReferenceBitForBitOnSeparatedClusters) {
       }
     }
   }
+}
+
+TEST(IndexTest, CentroidsAndValueMeansAreTheNearestHalvesAndSaturate) {
+  // As above, all eight tokens of a run alike, so that a mean is any of them.
+  Case c;
+  c.shape.element_type = ElementType::kFloat32;
+  c.balanced = false;
+  Data data = MakeData(c.shape, c.tokens, 25, 0.0f, 0, 8);
+  const struct {
+    float mean, stored;
+  } values[] = {
+      {65504.0f, 65504.0f},
+      {65519.0f, 65504.0f},
+      {65520.0f, 65504.0f},
+      {-65520.0f, -65504.0f},
+      {1e6f, 65504.0f},
+      {-3e38f, -65504.0f},
+      {1 + 0x1p-11f, 1.0f},
+      {1 + 0x3p-11f, 1 + 0x1p-9f},
+      {1 + 0x1.002p-11f, 1 + 0x1p-10f},
+      {-0x1p-14f, -0x1p-14f},
+      {0x1.5p-16f, 0x1.5p-16f},
+      {0x1p-25f, 0.0f},
+      {0x1.8p-25f, 0x1p-24f},
+      {-1e-30f, 0.0f},
+      {0.1f, 0x1.998p-4f},
+  };
+  const int64_t row = c.shape.kv_heads * c.shape.head_dim;
+  const auto value_of = [&](int64_t t, int64_t i) {
+    return values[(t / 8 + i) % std::size(values)];
+  };
+  for (int64_t t = 0; t < c.tokens; ++t) {
+    for (int64_t i = 0; i < row; ++i) {
+      data.keys[t * row + i] *= t / 8 % 2 == 0 ? 1e5f : 0.3f;
+      data.values[t * row + i] = value_of(t, i).mean;
+    }
+  }
+  const auto part = Build(c, data);
+  ExpectHolds(c, data, *part);
+  const MutableIndexPartView& view = part->view();
+  for (int64_t head = 0; head < c.shape.kv_heads; ++head) {
+    for (int64_t run = 0; run < 25; ++run) {
+      const uint16_t* centroid = view.centroids.As<uint16_t>(head * view.clusters + run);
+      const uint16_t* mean = view.value_means.As<uint16_t>(head * view.clusters + run);
+      const float largest = HalfToFloat(*std::max_element(centroid, centroid + c.shape.head_dim));
+      EXPECT_EQ(largest, run % 2 == 0 ? 65504.0f : 0x1.334p0f);
+      for (int64_t d = 0; d < c.shape.head_dim; ++d) {
+        EXPECT_EQ(HalfToFloat(mean[d]), value_of(8 * run, head * c.shape.head_dim + d).stored);
+      }
+    }
+  }
+  c.reference = true;
+  ExpectEqualParts(*part, *Build(c, data));
 }
 
 TEST(IndexTest, HoldsOverSegmentsAndSplitsAsTheReferenceDoes) {
@@ -388,7 +445,7 @@ TEST(IndexTest, MetricWeightsAndBalancesAreAsDefined) {
   Data data;
   for (int t = 0; t < 4; ++t) {
     for (int d = 0; d < 16; ++d) {
-      // One cluster; std over n - 1 of {-3, -1, 1, 3} is sqrt(20 / 3), its RMS sqrt(5).
+      // One cluster; std over n - 1 of {-3, -1, 1, 3} is sqrt(20 / 3), its mean square 5.
       data.keys.push_back(d == 0 ? 2.0f * t - 3 + 1000 : 7.0f);
       data.values.push_back(d == 0 ? t % 2 : 0.0f);
     }
@@ -399,7 +456,10 @@ TEST(IndexTest, MetricWeightsAndBalancesAreAsDefined) {
   const double weight = std::sqrt(3 / std::sqrt(20.0 / 3));
   EXPECT_FLOAT_EQ(channels[0], weight);
   EXPECT_FLOAT_EQ(channels[1], std::sqrt(3 / 1e-6));  // a channel without spread
-  EXPECT_NEAR(channels[16], 1 / std::sqrt(weight * std::sqrt(5.0)), 1e-4);
+  // Residuals are of the centroid as it is stored: a half, 1 apart here.
+  const double rounding = HalfToFloat(*part->view().centroids.As<uint16_t>(0)) - 1000 * weight;
+  EXPECT_LE(std::abs(rounding), 0.5);
+  EXPECT_NEAR(channels[16], std::pow(5 * weight * weight + rounding * rounding, -0.25), 1e-4);
   EXPECT_FLOAT_EQ(channels[32], 1 / std::sqrt(0.5));
   EXPECT_FLOAT_EQ(channels[33], 1 / std::sqrt(1e-9));
   c.balanced = false;
@@ -495,11 +555,11 @@ TEST(IndexTest, LayoutCountsPagesOfEachArrayByItself) {
   EXPECT_EQ(layout.arrays[5].element_bytes, 96);
   EXPECT_EQ(layout.arrays[6].element_bytes, 512);
   EXPECT_EQ(layout.arrays[6].size, 2 * 7792);
-  // 65,536 bytes: 128 rows of floats, 16,384 int32, 682 codes, 128 records, 42 channels.
-  EXPECT_EQ(layout.Pages(65536), 8 + 8 + 1 + 1 + 1 + 23 + 122 + 1);
+  // 65,536 bytes: 256 rows of halves, 16,384 int32, 682 codes, 128 records, 42 channels.
+  EXPECT_EQ(layout.Pages(65536), 4 + 4 + 1 + 1 + 1 + 23 + 122 + 1);
   IndexParams without = params;
   without.codes.bits = 0;
-  EXPECT_EQ(MakeIndexLayout(shape, without, *FindRecordCodec("raw"), 7792).Pages(65536), 142);
+  EXPECT_EQ(MakeIndexLayout(shape, without, *FindRecordCodec("raw"), 7792).Pages(65536), 134);
   // Records of 200 bytes, 327 in a page, and remainders of 64, 1,024 in a page.
   const IndexLayout coarse = MakeIndexLayout(shape, params, *FindRecordCodec("k8v4"), 7792);
   EXPECT_EQ(layout.arrays[8].element_bytes, 0);

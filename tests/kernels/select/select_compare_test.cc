@@ -51,11 +51,13 @@ class Masses {
         const int32_t begin = *view.cluster_begin.As<int32_t>(row);
         const int32_t end = *view.cluster_begin.As<int32_t>(row + 1);
         if (begin == end) continue;
-        const float* centroid = view.centroids.As<float>(f_.input().kv_head * view.clusters + c);
+        std::vector<float> centroid(d);
+        HalvesToFloat(view.centroids.As<uint16_t>(f_.input().kv_head * view.clusters + c), d,
+                      centroid.data());
         std::vector<double> of_cluster(group_);
         for (int64_t g = 0; g < group_; ++g) {
           double magnitude = 0;
-          of_cluster[g] = Dot(g, weight, centroid, &magnitude);
+          of_cluster[g] = Dot(g, weight, centroid.data(), &magnitude);
           error_ = std::max(error_, magnitude);
           logits[g].push_back(of_cluster[g]);
         }

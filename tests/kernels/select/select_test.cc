@@ -106,13 +106,23 @@ TEST_P(SelectTest, ACentroidsScoreIsTheMeanOfItsMembersLogits) {
     const HeadSelection selection = Do({kShared, kSinks, 0, true, 1.0f}, f);
     ASSERT_THAT(selection.estimated_clusters, ElementsAre(0));
     const std::vector<int32_t> members = Members(f, 0);
-    for (int64_t g = 0; g < 4; ++g) {
-      EXPECT_NEAR(selection.state_lse[g], EstimatedLogit(f, g, members), 1e-4);
+    std::vector<double> keys(128), values(128);
+    for (int32_t position : members) {
       for (int64_t j = 0; j < 128; ++j) {
-        double mean = 0;
-        for (int32_t position : members) mean += f.Value(position)[j];
-        EXPECT_NEAR(selection.state_output[g * 128 + j], mean / 211, 1e-5);
+        keys[j] += f.Key(position)[j] / 211.0;
+        values[j] += f.Value(position)[j] / 211.0;
       }
+    }
+    // Centroid and value mean were rounded to halves: by at most 2^-11 of each channel's size.
+    constexpr double kHalf = 0x1p-11;
+    for (int64_t g = 0; g < 4; ++g) {
+      double rounding = 0;
+      for (int64_t j = 0; j < 128; ++j) {
+        rounding += kHalf * f.input().scale * std::abs(f.queries()[g * 128 + j] * keys[j]);
+        EXPECT_NEAR(selection.state_output[g * 128 + j], values[j],
+                    1e-5 + kHalf * std::abs(values[j]));
+      }
+      EXPECT_NEAR(selection.state_lse[g], EstimatedLogit(f, g, members), 1e-4 + rounding);
     }
   }
 }

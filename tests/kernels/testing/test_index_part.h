@@ -38,7 +38,7 @@ class TestIndexPart {
     view_.first_token = spec_.first_token;
     view_.tokens = spec_.tokens;
     view_.clusters = spec_.clusters;
-    const int64_t row = spec_.shape.head_dim * static_cast<int64_t>(sizeof(float));
+    const int64_t row = spec_.shape.head_dim * static_cast<int64_t>(sizeof(uint16_t));
     view_.centroids = Place(centroids_, row);
     view_.value_means = Place(value_means_, row);
     view_.cluster_begin = Place(cluster_begin_, 4);
@@ -47,7 +47,7 @@ class TestIndexPart {
     if (spec_.codes.bits != 0) {
       view_.codes = Place(codes_, CodesBytes(spec_.codes, spec_.shape.head_dim));
     }
-    view_.channels = Place(channels_, 3 * row);
+    view_.channels = Place(channels_, 3 * spec_.shape.head_dim * int64_t{sizeof(float)});
   }
   TestIndexPart(const TestIndexPart&) = delete;
   TestIndexPart& operator=(const TestIndexPart&) = delete;
@@ -98,16 +98,17 @@ class TestIndexPart {
       const double size = static_cast<double>(std::max<int64_t>(1, slot - begin));
       for (int64_t j = 0; j < d; ++j) {
         // An empty cluster keeps a centroid that would win every ranking.
-        centroids_.push_back(slot == begin ? 1e6f : static_cast<float>(key_sum[j] / size));
-        value_means_.push_back(static_cast<float>(value_sum[j] / size));
+        const double key_mean = slot == begin ? 6e4 : key_sum[j] / size;
+        centroids_.push_back(FloatToHalfSaturated(static_cast<float>(key_mean)));
+        value_means_.push_back(FloatToHalfSaturated(static_cast<float>(value_sum[j] / size)));
       }
-      const float* centroid = centroids_.data() + centroids_.size() - d;
-      const float* value_mean = value_means_.data() + value_means_.size() - d;
+      const uint16_t* centroid = centroids_.data() + centroids_.size() - d;
+      const uint16_t* value_mean = value_means_.data() + value_means_.size() - d;
       for (int64_t s = begin; s < slot; ++s) {
         for (int64_t j = 0; j < d; ++j) {
           key_residuals.push_back(KeyOf(order[s], h)[j] * given(spec_.metric_weight, j) -
-                                  centroid[j]);
-          value_residuals.push_back(ValueOf(order[s], h)[j] - value_mean[j]);
+                                  HalfToFloat(centroid[j]));
+          value_residuals.push_back(ValueOf(order[s], h)[j] - HalfToFloat(value_mean[j]));
         }
       }
     }
@@ -162,7 +163,8 @@ class TestIndexPart {
   }
 
   const TestPartSpec spec_;
-  std::vector<float> centroids_, value_means_, channels_;
+  std::vector<uint16_t> centroids_, value_means_;  // halves
+  std::vector<float> channels_;
   std::vector<int32_t> cluster_begin_, positions_, slots_;
   std::vector<std::byte> codes_;
   std::vector<std::unique_ptr<std::vector<std::byte>>> arenas_;
