@@ -144,7 +144,6 @@ GPU_TEST(KMeansOfFloat32FromRandomRows) { RunCase("fp32"); }
 GPU_TEST(KMeansOf256Channels) { RunCase("wide"); }
 GPU_TEST(KMeansOf512Channels) { RunCase("widest"); }
 GPU_TEST(KMeansTiesGoToTheLowerCluster) { RunCase("ties"); }
-GPU_TEST(KMeansNearTiesAreOfAnyTileQuadAndPlace) { RunCase("near_ties"); }
 GPU_TEST(KMeansOfManyClusters) { RunCase("many_clusters"); }
 
 }  // namespace
