@@ -116,7 +116,7 @@ absl::Status CudaResident::Start(const ResidentPlace& place) {
   // A Stop that follows must not come before it.
   CKV_RETURN_IF_ERROR(stream_->Synchronize());
   serve_.first_round = rounds_ + 1;
-  CKV_RETURN_IF_ERROR(CudaStatus(kernels::LaunchServe(&serve_, 1, stream_->get()), "resident"));
+  CKV_RETURN_IF_ERROR(CudaStatus(kernels::LaunchServe(serve_, stream_->get()), "resident"));
   running_ = true;
   return absl::OkStatus();
 }
