@@ -470,13 +470,14 @@ void ResidentCase::Run(int blocks_per_pair, int blocks, int steps, bool together
 }
 
 #ifdef CLUSTERKV_CUDA_EMULATOR
-constexpr bool kTogether[] = {false};
+const std::vector<bool> kTogether = {false};
 #else
-constexpr bool kTogether[] = {false, true};
+const std::vector<bool> kTogether = {false, true};
 #endif
 
-void RunCase(ElementType query_type, int slots, int steps, const std::vector<int>& blocks) {
-  for (const bool together : kTogether) {
+void RunCase(ElementType query_type, int slots, int steps, const std::vector<int>& blocks,
+             const std::vector<bool>& both = kTogether) {
+  for (const bool together : both) {
     for (const int blocks_per_pair : blocks) {
       ResidentCase test("default", query_type, slots);
       // Room for three pairs at a time.
@@ -489,6 +490,9 @@ GPU_TEST(ResidentLoopAnswersAsSelectAndAttentionDo) {
   RunCase(ElementType::kFloat32, 64, 4, {1, 3});
 }
 GPU_TEST(ResidentBFloat16QueriesAndALargerCache) { RunCase(ElementType::kBFloat16, 256, 3, {4}); }
+
+// Few, for tools that run kernels one after the other, and slowly.
+GPU_TEST(ResidentRoundsInTurn) { RunCase(ElementType::kBFloat16, 64, 1, {2}, {false}); }
 
 GPU_TEST(ResidentShapesOutOfRangeAreRefused) {
   ResidentShape shape;

@@ -109,6 +109,34 @@ memcheck() {  # memcheck TEST: of the programs
   }
 }
 
+check() {  # check TOOL TEST:FILTER: a test of the kernels
+  local log=$logs/$1.${2/:/.}
+  timeout 400 compute-sanitizer --tool "$1" --error-exitcode 9 "$build/${2%%:*}_test" \
+    "--cases=$cases" "--filter=${2#*:}" > "$log" 2>&1 && return
+  echo "$1 $2: FAILED, or more than 400 s"
+  grep -v '^========= *$' "$log" | head -n 25
+  return 1
+}
+
+# The checkers slow kernels down a hundredfold and keep one processor each busy: small cases, as many
+# at once as there are processors for.
+check_kernels() {
+  local small=(gather:Gather attention:AttentionK8V4BesideFloat32 attention:AttentionBFloat16
+    select:SelectScoresEverything select:SelectFourBit kmeans:KMeansOfFewRows index:IndexFewTokens
+    codec:CodecK8V4Float32 base:FiniteFloat32 resident:ResidentRoundsInTurn)
+  # A block's threads have unequal work: those of a warp may stand apart at a barrier.
+  local unequal=(select:SelectEqualTokens select:SelectAmongClusters select:SelectPeaked
+    select:SelectScoresTokens)
+  say "compute-sanitizer"
+  {
+    printf 'racecheck %s\n' "${unequal[@]}" "${small[@]}"
+    printf 'memcheck %s\n' "${unequal[@]}" "${small[@]}" resident:ResidentBFloat16
+    printf 'synccheck %s\n' "${unequal[@]}" resident:ResidentRoundsInTurn resident:ResidentBFloat16
+  } | xargs -P "$(nproc)" -L 1 bash -c 'check "$0" "$1"'
+}
+export -f check
+export logs build cases
+
 if wants unit; then
   if [ ! -d "$cases" ]; then
     for maker in build/*/bin/make_cases; do
@@ -119,26 +147,7 @@ if wants unit; then
     timeout 120 "$build/${name}_test" "--cases=$cases" 2>&1 | tee "$logs/${name}_test" ||
       status=1
   done
-  if sanitizes; then
-    for tool in memcheck racecheck synccheck; do
-      # The smallest case of each kind: the checkers slow kernels down a hundredfold.
-      runs=(gather:Gather attention:AttentionK8V4BesideFloat32 attention:AttentionBFloat16
-        select:SelectScoresEverything select:SelectFourBit kmeans:KMeansOfFewRows
-        index:IndexFewTokens codec:CodecK8V4Float32 base:FiniteFloat32)
-      # Threads of a warp apart at a barrier: where a block's threads have unequal work.
-      [ $tool != synccheck ] || runs=(select:SelectEqualTokens select:SelectAmongClusters
-        select:SelectScoresTokens resident:ResidentBFloat16)
-      for run in "${runs[@]}"; do
-        name=${run%%:*}
-        say "$tool $run"
-        timeout 100 compute-sanitizer --tool "$tool" --error-exitcode 9 "$build/${name}_test" \
-          "--cases=$cases" "--filter=${run#*:}" > "$logs/$tool.${run/:/.}" 2>&1 || {
-          status=1
-          grep -v '^========= *$' "$logs/$tool.${run/:/.}" | head -n 25
-        }
-      done
-    done
-  fi
+  if sanitizes; then check_kernels || status=1; fi
 fi
 
 # Server and ckv are built elsewhere (they need gRPC): --programs, or a build of this tree.
