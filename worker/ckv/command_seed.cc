@@ -2,7 +2,10 @@
 #include <cstdio>
 #include <nlohmann/json.hpp>
 
+#include "absl/time/clock.h"
+#include "absl/time/time.h"
 #include "kernels/base/status_macros.h"
+#include "proto/error.h"
 #include "proto/grpc_status.h"
 #include "worker/ckv/command.h"
 #include "worker/ckv/connection.h"
@@ -101,10 +104,24 @@ class SeedCommand : public Command {
     return absl::OkStatus();
   }
 
-  absl::Status SeedOne(Places* places, int64_t i) {
+  // With --replace in place of one of the same name. Where shards come and go, the one that has it
+  // may be known to others before it is to those that this command asks: until their lists meet,
+  // what was nowhere when it was to be released is there when it is to be opened.
+  absl::StatusOr<PlacedSequence> Open(Places* places, const v1::OpenSequenceRequest& request) {
+    constexpr absl::Duration kListsMeet = absl::Seconds(10), kPause = absl::Milliseconds(200);
     v1::SequenceHandle handle;
-    handle.set_name(Name(i));
-    if (replace_) CKV_RETURN_IF_ERROR(places->ReleaseSequence(handle));
+    handle.set_name(request.name());
+    const absl::Time deadline = absl::Now() + kListsMeet;
+    for (;;) {
+      if (replace_) CKV_RETURN_IF_ERROR(places->ReleaseSequence(handle));
+      absl::StatusOr<PlacedSequence> opened = places->OpenSequence(request);
+      const bool there = ReasonOf(opened.status()) == v1::SEQUENCE_EXISTS;
+      if (!replace_ || !there || absl::Now() >= deadline) return opened;
+      absl::SleepFor(kPause);
+    }
+  }
+
+  absl::Status SeedOne(Places* places, int64_t i) {
     v1::OpenSequenceRequest request;
     request.set_name(Name(i));
     const kernels::KvShape shape = trace_layers_.empty() ? Shape() : trace_layers_[0].shape;
@@ -118,7 +135,7 @@ class SeedCommand : public Command {
     request.set_preset(preset_);
     request.set_codec(codec_);
     if (budget_.has_value()) request.mutable_select()->set_budget_tokens(*budget_);
-    CKV_ASSIGN_OR_RETURN(const PlacedSequence opened, places->OpenSequence(request));
+    CKV_ASSIGN_OR_RETURN(const PlacedSequence opened, Open(places, request));
     SequenceGuard guard(opened.client, opened.sequence.handle());
     CKV_ASSIGN_OR_RETURN(auto writer, PrefillWriter::Create(opened.client, opened.sequence));
     for (int64_t l = 0; l < layers_; ++l) CKV_RETURN_IF_ERROR(PutLayer(writer.get(), i, l));
