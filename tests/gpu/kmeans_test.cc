@@ -144,6 +144,7 @@ GPU_TEST(KMeansOfFloat32FromRandomRows) { RunCase("fp32"); }
 GPU_TEST(KMeansOf256Channels) { RunCase("wide"); }
 GPU_TEST(KMeansOf512Channels) { RunCase("widest"); }
 GPU_TEST(KMeansTiesGoToTheLowerCluster) { RunCase("ties"); }
+GPU_TEST(KMeansNearTiesOfAllKinds) { RunCase("near_ties"); }
 GPU_TEST(KMeansOfManyClusters) { RunCase("many_clusters"); }
 
 }  // namespace

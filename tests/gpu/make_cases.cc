@@ -439,8 +439,23 @@ struct KMeansCase {
   ElementType type = ElementType::kBFloat16;
   bool weighted = true;
   int64_t copies = 1;  // of each row, so that there are ties
+  bool near_copies = false;
   KMeansInit init = KMeansInit::kStride;
 };
+
+// Rows of head h repeat after 8^(h + 1), but for the last bit of one channel.
+void MakeNearCopies(const KMeansCase& c, int64_t rows, std::vector<std::byte>& data) {
+  const int64_t element = ElementBytes(c.type), head_bytes = c.head_dim * element;
+  int64_t period = 1;
+  for (int64_t h = 0; h < c.heads; ++h) {
+    period *= 8;
+    for (int64_t i = period; i < rows; ++i) {
+      std::byte* row = &data[(i * c.heads + h) * head_bytes];
+      std::copy_n(&data[(i % period * c.heads + h) * head_bytes], head_bytes, row);
+      row[i % c.head_dim * element] ^= std::byte{1};
+    }
+  }
+}
 
 // Rows of all problems one after another, [rows, heads, head_dim], over scattered pages.
 void WriteKMeansCase(const KMeansCase& c, const std::string& folder) {
@@ -457,6 +472,7 @@ void WriteKMeansCase(const KMeansCase& c, const std::string& folder) {
   for (int64_t i = 0; i < total; ++i) {
     std::copy_n(&data[i / c.copies * c.copies * row_bytes], row_bytes, &data[i * row_bytes]);
   }
+  if (c.near_copies) MakeNearCopies(c, total, data);
   Pages arena(kPageBytes, PagesFor(total, row_bytes, kPageBytes) + 3);
   const auto pages = arena.Take(PagesFor(total, row_bytes, kPageBytes));
   const auto view = MakePagedView(arena.base(), pages.data(), kPageBytes, row_bytes, total);
@@ -528,10 +544,16 @@ void WriteKMeansCases(const std::string& folder) {
       {.name = "wide", .head_dim = 256, .heads = 1, .problems = {{300, 19}}},
       {.name = "widest", .head_dim = 512, .heads = 1, .problems = {{200, 13}}},
       {.name = "ties", .head_dim = 128, .heads = 1, .problems = {{400, 150}}, .copies = 4},
+      {.name = "near_ties",
+       .head_dim = 128,
+       .heads = 2,
+       .problems = {{192, 192}},
+       .iterations = 2,
+       .near_copies = true},
       {.name = "many_clusters",
        .head_dim = 32,
        .heads = 1,
-       .problems = {{1500, 900}},
+       .problems = {{1500, 900}, {600, 300}, {520, 70}},
        .iterations = 2},
   };
   for (const KMeansCase& c : cases) WriteKMeansCase(c, folder);

@@ -118,8 +118,8 @@ check() {  # check TOOL TEST:FILTER: a test of the kernels
   return 1
 }
 
-# The checkers slow kernels down a hundredfold and keep one processor each busy: small cases, as many
-# at once as there are processors for.
+# The checkers slow kernels down a hundredfold and keep a processor each busy: small cases, as many
+# at once as there are processors.
 check_kernels() {
   local small=(gather:Gather attention:AttentionK8V4BesideFloat32 attention:AttentionBFloat16
     select:SelectScoresEverything select:SelectFourBit kmeans:KMeansOfFewRows index:IndexFewTokens
