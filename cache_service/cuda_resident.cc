@@ -24,6 +24,19 @@ using kernels::Stream;
 // Of the indexes of a layer, asked for into the second cache before queries come.
 constexpr int64_t kPrefetchBytes = 32 << 20;
 
+// Why the kernel does not take them.
+absl::Status Refusal(const kernels::ServeParams& serve) {
+  const int32_t most = kernels::MostServedClusters(serve), clusters = serve.select.max_clusters;
+  if (most > 0 && most < clusters) {
+    return absl::UnavailableError(absl::StrCat(
+        "resident: a sequence has ", clusters, " clusters per KV head, expected at most ", most,
+        ": fewer tokens, or more of them per cluster (tokens_per_cluster)"));
+  }
+  return absl::UnavailableError(
+      "resident: expected 128 channels, up to 4 query heads per KV head, codes of 2 bits in groups "
+      "of 32 or none, and max_exact_tokens at least the budget");
+}
+
 }  // namespace
 
 absl::StatusOr<std::unique_ptr<CudaResident>> CudaResident::Create(
@@ -79,11 +92,7 @@ absl::Status CudaResident::SetInput(const ResidentInput& input) {
   serve.select.blocks_per_pair = 1;
   serve.blocks = kernels::ReadLimits().multiprocessors;
   const int64_t workspace_bytes = kernels::ServeWorkspaceBytes(serve);
-  if (workspace_bytes == 0) {
-    return absl::UnavailableError(
-        "resident: expected 128 channels, up to 4 query heads per KV head, codes of 2 bits in "
-        "groups of 32 or none, max_exact_tokens at least the budget, and clusters that fit");
-  }
+  if (workspace_bytes == 0) return Refusal(serve);
   if (workspace_.bytes() < workspace_bytes) {
     CKV_ASSIGN_OR_RETURN(workspace_, DeviceBuffer::Create(device_, workspace_bytes));
   }

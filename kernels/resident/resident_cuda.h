@@ -96,6 +96,9 @@ struct ServeParams {
 // For the current device, as LaunchServe; 0 where that would be refused. `pairs_at_once`, where not
 // null: how many pairs the kernel answers at a time (so many clusters of blocks are resident).
 int64_t ServeWorkspaceBytes(const ServeParams& params, int32_t* pairs_at_once = nullptr);
+// The most clusters per KV head with which LaunchServe would take `params`, whatever their
+// select.max_clusters is, as far as shared memory goes; 0: refused for something else.
+int32_t MostServedClusters(ServeParams params);
 
 // Starts the resident kernel on `stream`, whose work ends with it. Errors: cudaErrorInvalidValue
 // for shapes out of the ranges above, those that answer_pair.cuh does not take, or `blocks` smaller

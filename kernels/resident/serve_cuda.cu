@@ -1,5 +1,7 @@
 // The service's end: a block, or a thread-block cluster of blocks, takes pairs from a queue and
 // answers one after the other. What does not depend on the queries is done before they come.
+#include <limits>
+
 #include "kernels/resident/directory.cuh"
 #include "kernels/resident/lines.cuh"
 #include "kernels/resident/resident_cuda.h"
@@ -337,6 +339,16 @@ int64_t ServeWorkspaceBytes(const ServeParams& params, int32_t* pairs_at_once) {
   const bool valid = MakeServePlan(params, &plan);
   if (pairs_at_once != nullptr) *pairs_at_once = valid ? plan.clusters : 0;
   return valid ? resident::RoundUp(int64_t{plan.clusters} * 8) : 0;
+}
+
+int32_t MostServedClusters(ServeParams params) {
+  int32_t most = 0, refused = std::numeric_limits<uint16_t>::max() + 1;
+  while (refused - most > 1) {
+    ServePlan plan = {};
+    params.select.max_clusters = most + (refused - most) / 2;
+    (MakeServePlan(params, &plan) ? most : refused) = params.select.max_clusters;
+  }
+  return most;
 }
 
 namespace {

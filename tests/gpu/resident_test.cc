@@ -494,6 +494,26 @@ GPU_TEST(ResidentBFloat16QueriesAndALargerCache) { RunCase(ElementType::kBFloat1
 // Few, for tools that run kernels one after the other, and slowly.
 GPU_TEST(ResidentRoundsInTurn) { RunCase(ElementType::kBFloat16, 64, 1, {2}, {false}); }
 
+GPU_TEST(ResidentTakesAsManyClustersAsItSays) {
+  ServeParams serve;
+  ResidentShape& shape = serve.shape;
+  shape.layers = shape.pairs = 1;
+  shape.group = serve.select.group = 4;
+  shape.head_dim = serve.select.head_dim = 128;
+  shape.max_exact = shape.slots = serve.select.budget_tokens = 64;
+  serve.select.scored_tokens = 2048;
+  serve.select.estimated_fraction = 0.25f;
+  serve.select.blocks_per_pair = serve.blocks = 1;
+  const int32_t most = kernels::MostServedClusters(serve);
+  GPU_CHECK(most > 2048) << most << " clusters\n";  // 32k tokens by 16
+  serve.select.max_clusters = most;
+  GPU_CHECK(kernels::ServeWorkspaceBytes(serve) > 0) << most << "\n";
+  serve.select.max_clusters = most + 1;
+  GPU_CHECK(kernels::ServeWorkspaceBytes(serve) == 0) << most << "\n";
+  shape.group = serve.select.group = 5;
+  GPU_CHECK(kernels::MostServedClusters(serve) == 0);
+}
+
 GPU_TEST(ResidentShapesOutOfRangeAreRefused) {
   ResidentShape shape;
   shape.layers = shape.pairs = 1;
