@@ -575,7 +575,8 @@ absl::Status Engine::Step(int64_t layer, absl::Span<const EngineStep> batch, Eng
 
 absl::Status Engine::Wait(EngineSequence* of) {
   of->WaitUntilIdle(*impl_->device);
-  return of->TakeFailure();
+  CKV_RETURN_IF_ERROR(of->TakeFailure());
+  return of->joined == nullptr ? absl::OkStatus() : of->joined->group->Failure();
 }
 
 absl::Status Engine::Join(absl::Span<EngineSequence* const> batch) {

@@ -116,7 +116,8 @@ class Engine {
   // the first one of the batch; the others are answered all the same.
   absl::Status Step(int64_t layer, absl::Span<const EngineStep> batch, EngineStream stream);
   // Waits until the sequence's calls are done (on a GPU: those that the stream has passed) and
-  // returns its first untold failure.
+  // returns its first untold failure. Of a group's steps it waits for none: wait for the stream,
+  // and it tells whether one has failed, whose outputs are zeros.
   absl::Status Wait(EngineSequence* sequence);
 
   // ---- decoding without the host
@@ -131,8 +132,8 @@ class Engine {
   absl::Status Join(absl::Span<EngineSequence* const> batch);
   // Between two steps of the sequence's group, at least every 256 tokens: sends what was appended,
   // and takes over what the service has clustered, which ends with it being the window's. Waits for
-  // the stream and the service. Errors: the first failure of a step since the last Settle, whose
-  // outputs were zeros: then the group must be left.
+  // the stream and the service. Errors: the first failure of a step, whose outputs were zeros: then
+  // the group must be left.
   absl::Status Settle(EngineSequence* sequence, EngineStream stream);
   // As Settle, and the group's sequences are single again, on the links that they had. Errors:
   // Settle's; they are single all the same.

@@ -54,6 +54,8 @@ class EngineGroup {
   // queries and output [sequences, query_heads, head_dim]. Layers in order, all of them in a step.
   virtual absl::Status Step(int64_t layer, const void* queries, void* output,
                             EngineStream stream) = 0;
+  // What went wrong in the steps that the GPU has done, since the group is there. Does not wait.
+  virtual absl::Status Failure() const = 0;
   // Waits for the stream; hands what was appended over to the sessions and the service, and takes
   // over what was clustered. Errors: the steps' first failure: there is no group any more.
   virtual absl::Status Settle(EngineStream stream) = 0;

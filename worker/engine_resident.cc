@@ -82,6 +82,16 @@ class ResidentGroup : public EngineGroup {
     return CudaStatus(kernels::LaunchEndStep(shape_, Rounds(), Cuda(stream)), "step");
   }
 
+  absl::Status Failure() const override {
+    const uint32_t status = __atomic_load_n(Status(), __ATOMIC_ACQUIRE);
+    if (status == 0) return absl::OkStatus();
+    if (status & kWindowFull) {
+      return Error(v1::LIMIT_EXCEEDED, absl::StrCat("window: expected a Settle at least every ",
+                                                    kSettleTokens, " tokens"));
+    }
+    return Error(v1::QUEUE_DEADLINE, "step: the service's GPU did not answer in time");
+  }
+
   absl::Status Settle(EngineStream stream) override {
     const ScopedDevice scoped(device_);
     CKV_RETURN_IF_ERROR(CudaStatus(cudaStreamSynchronize(Cuda(stream)), "settle"));
@@ -115,16 +125,6 @@ class ResidentGroup : public EngineGroup {
   absl::Status HandOver();
   absl::Status MoveWindows();
 
-  // What went wrong in a step that the GPU has done.
-  absl::Status Failure() const {
-    const uint32_t status = __atomic_load_n(Status(), __ATOMIC_ACQUIRE);
-    if (status == 0) return absl::OkStatus();
-    if (status & kWindowFull) {
-      return Error(v1::LIMIT_EXCEEDED, absl::StrCat("window: expected a Settle at least every ",
-                                                    kSettleTokens, " tokens"));
-    }
-    return Error(v1::QUEUE_DEADLINE, "step: the service's GPU did not answer in time");
-  }
   bool HasRoom() const {
     return *std::max_element(host_counts_.begin(), host_counts_.end() - 1) <=
            capacity_ - kSettleTokens;
