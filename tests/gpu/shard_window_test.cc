@@ -91,6 +91,7 @@ class Prefiller {
  public:
   explicit Prefiller(ShardHarness* shard)
       : shard_(*shard), slots_(kernels::DeviceBuffer::Create(0, 2 * kSlotBytes).value()) {
+    std::memset(slots_.data(), 0, 2 * kSlotBytes);  // a window may be read before it is filled
     bool resumed = false;
     session_id_ = shard_->OpenSession("prefill", 0, {}, &resumed).value();
     const v1::ConnectIngestResponse response = Connect(kernels::HostId());
