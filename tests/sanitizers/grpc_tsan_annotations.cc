@@ -3,7 +3,9 @@
 // that is told of its end, and reports every message and every reactor as a race. The functions
 // below stand in front of the shared library's and mark the orders that gRPC promises: what came
 // before an operation's start comes before its tag leaves the completion queue, be it taken by hand
-// or by the threads that call reactors; and OnDone comes after all else that a call does.
+// or by the threads that call reactors; what came before a server's start comes before its calls,
+// also on threads that an earlier server has started; and OnDone comes after all else that a call
+// does.
 //
 // Linked into every program of the tsan preset and into nothing else. Not needed with a gRPC that
 // was built with ThreadSanitizer.
@@ -32,9 +34,17 @@ Function* Real(const char* name) {
   return reinterpret_cast<Function*>(real);
 }
 
+char g_starts;  // of servers
+
 }  // namespace
 
 extern "C" {
+
+void grpc_server_start(grpc_server* server) {
+  static auto* const real = Real<decltype(grpc_server_start)>("grpc_server_start");
+  __tsan_release(&g_starts);
+  real(server);
+}
 
 grpc_call_error grpc_call_start_batch(grpc_call* call, const grpc_op* ops, size_t count, void* tag,
                                       void* reserved) {
@@ -48,7 +58,10 @@ grpc_event grpc_completion_queue_next(grpc_completion_queue* queue, gpr_timespec
   static auto* const real =
       Real<decltype(grpc_completion_queue_next)>("grpc_completion_queue_next");
   const grpc_event event = real(queue, deadline, reserved);
-  if (event.type == GRPC_OP_COMPLETE) __tsan_acquire(event.tag);
+  if (event.type == GRPC_OP_COMPLETE) {
+    __tsan_acquire(&g_starts);
+    __tsan_acquire(event.tag);
+  }
   return event;
 }
 
