@@ -128,7 +128,7 @@ void EncodeRemainder(int64_t head_dim, float step, float* HWY_RESTRICT x,
                      std::byte* HWY_RESTRICT packed) {
   const CodeFloatTag d;
   const int64_t lanes = static_cast<int64_t>(hn::Lanes(d));
-  const auto largest = hn::Set(d, 65504.0f);
+  const auto largest = hn::Set(d, kLargestHalf);
   for (int64_t j = 0; j < head_dim; j += lanes) {
     const auto clamped = hn::Min(hn::Max(hn::LoadU(d, x + j), hn::Neg(largest)), largest);
     hn::StoreU(hn::Sub(clamped, hn::LoadU(d, decoded + j)), d, x + j);
