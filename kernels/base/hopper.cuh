@@ -114,6 +114,17 @@ __device__ __forceinline__ MatrixB MakeMatrixB(const void* shared) {
 #endif
 }
 
+// `b` as many bytes on, a multiple of 16.
+__device__ __forceinline__ MatrixB MoveMatrixB(MatrixB b, int bytes) {
+#ifdef CLUSTERKV_CUDA_EMULATOR
+  return {b.from + bytes, b.k_bytes};
+#else
+  // The low half alone changes: addresses of shared memory are of 18 bits.
+  return (b & ~uint64_t{0xffffffffu}) |
+         (static_cast<uint32_t>(b) + static_cast<uint32_t>(bytes / 16));
+#endif
+}
+
 __device__ __forceinline__ void WarpgroupFence() {
 #ifndef CLUSTERKV_CUDA_EMULATOR
   asm volatile("wgmma.fence.sync.aligned;\n" ::: "memory");

@@ -1,11 +1,10 @@
 // K-means: four launches per iteration.
 //
-//   assign    rows stay in registers while the centroids stream through shared memory; the best and
-//             second best score of each row are kept, no score is stored. On Hopper four warpgroups
-//             of 64 rows and a warp that fetches for them run through all blocks of rows; elsewhere
-//             a block has its rows
-//   rescore   rows whose two best are too close to call in fp16: the clusters that come close are
-//             found again, and scored in exact float
+//   assign    rows stay in registers while the centroids stream through shared memory; of the
+//             scores only maxima are kept that tell a row's best and what comes close to it. On
+//             Hopper four warpgroups of 64 rows and a thread that fetches for them run through
+//             a share of all blocks of rows; elsewhere a block has its rows
+//   rescore   rows whose best are too close to call in fp16: those clusters, in exact float
 //   sort      counting sort of the rows by label, stable
 //   means     a warp per cluster sums its rows in order
 //
@@ -34,10 +33,8 @@ constexpr int kItemRows = kGroups * kGroupRows;
 constexpr int kHopperThreads = kGroups * 128 + kWarp;
 constexpr int kHopperStages = 8;
 constexpr int kRescoreThreads = 128;
-constexpr int kRescoreRows = 64;                                // scored at a time
-constexpr int kRescoreChunk = 1024;                             // that a block looks through
-constexpr int kRescoreRoom = 2 * kRescoreRows * kTileClusters;  // candidates
-constexpr int kPrepareRows = 4;                                 // of a warp
+constexpr int kRescoreLabels = 2;  // that a thread looks at
+constexpr int kPrepareRows = 4;    // of a warp
 constexpr int kSortThreads = 1024;
 constexpr int kMeansThreads = 128;
 constexpr int kMeansWarps = kMeansThreads / kWarp;
@@ -49,9 +46,6 @@ constexpr __host__ __device__ int MeansBlocks(int vectors) {
 constexpr int64_t kSortCountBytes = 180 * 1024;
 constexpr float kNegativeInfinity = -__builtin_huge_valf();
 
-// Tiles that rescoring has in shared memory.
-constexpr __host__ __device__ int RescoreStages(int dim) { return dim <= 128 ? 4 : 2; }
-
 // The workspace, offsets in bytes; per problem where it says [P].
 struct Plan {
   KMeansCudaParams params;
@@ -60,7 +54,7 @@ struct Plan {
   int padded_rows;      // whole items
   int64_t rows;         // [P, padded_rows, padded_dim] half, unit length, permuted
   int64_t margins;      // [P, padded_rows] float: scores this close are scored again
-  int64_t limits;       // [P, padded_rows] float, of close rows: what such scores reach
+  int64_t close;        // [P, padded_rows, 4] CloseClusters, of open rows
   int64_t centroids;    // [P, padded_clusters / 64, padded_dim / 8, 64, 8] half, unit length
   int64_t unit;         // [P, max_clusters, dim] float, unit length
   int64_t bytes;
@@ -308,34 +302,90 @@ __global__ void __launch_bounds__(256)
 // ---- assignment
 // ----------------------------------------------------------------------------------------
 
-// The best two scores of a row so far, and whose the best is.
-struct BestTwo {
-  float best;
+// Of a row's scores in a tile, lane t of the row's four has kPlaces: at place 4 q + i, i < 4, of
+// quad q cluster 16 q + i / 2 * 8 + 2 t + i % 2.
+constexpr int kQuads = kTileClusters / 16;
+__device__ __forceinline__ int ClusterAt(int tile, int quad, int place, int lane) {
+  return tile * kTileClusters + quad * 16 + place / 2 * 8 + lane * 2 + place % 2;
+}
+
+// What a lane keeps of its scores of a row: the best of each quad and of each place in a quad, over
+// tiles, and the second best of the tiles' best. No two clusters share tile, quad and place, so
+// whatever comes close to the best score shows: as the best of another tile, quad or place. (Some
+// two maxima per score are all that this takes; where the best is, is seen once per tile.)
+struct RowMaxima {
+  float quads[kQuads];
+  float places[4];
   float second;
-  int cluster;
+  int tile;  // of the best
 
   // Not by initializers in the class: of an array of arrays, nvcc 13.0 then sets the first alone.
   __device__ __forceinline__ void Clear() {
-    best = second = kNegativeInfinity;
-    cluster = 0;
+#pragma unroll
+    for (int q = 0; q < kQuads; ++q) quads[q] = kNegativeInfinity;
+#pragma unroll
+    for (int i = 0; i < 4; ++i) places[i] = kNegativeInfinity;
+    second = kNegativeInfinity;
+    tile = 0;
+  }
+  __device__ __forceinline__ float Best() const {
+    return fmaxf(fmaxf(places[0], places[1]), fmaxf(places[2], places[3]));
   }
 
-  // `at`: where the best is, so far.
-  __device__ __forceinline__ void Add(float score, int c, int* at) {
-    second = fmaxf(second, fminf(best, score));
-    *at = score > best ? c : *at;
-    best = fmaxf(best, score);
-  }
-  // Of another lane; the lower cluster wins a tie.
-  __device__ __forceinline__ void Merge(int offset) {
-    const float other = __shfl_xor_sync(kFullMask, best, offset);
-    const float other_second = __shfl_xor_sync(kFullMask, second, offset);
-    const int other_cluster = __shfl_xor_sync(kFullMask, cluster, offset);
-    second = fmaxf(fmaxf(second, other_second), fminf(best, other));
-    if (other > best || (other == best && other_cluster < cluster)) cluster = other_cluster;
-    best = fmaxf(best, other);
+  // Scores of tile t as MmaHalf has them, of rows r (kHalf 0) or r + 8 (1).
+  template <int kHalf>
+  __device__ __forceinline__ void Add(const float (&sum)[kTileClusters / 8][4], int t) {
+    const float best = Best();
+    float of_places[4];
+#pragma unroll
+    for (int q = 0; q < kQuads; ++q) {
+      const float x[4] = {sum[2 * q][2 * kHalf], sum[2 * q][2 * kHalf + 1],
+                          sum[2 * q + 1][2 * kHalf], sum[2 * q + 1][2 * kHalf + 1]};
+      quads[q] = fmaxf(quads[q], fmaxf(fmaxf(x[0], x[1]), fmaxf(x[2], x[3])));
+#pragma unroll
+      for (int i = 0; i < 4; ++i) of_places[i] = q == 0 ? x[i] : fmaxf(of_places[i], x[i]);
+    }
+    const float of_tile =
+        fmaxf(fmaxf(of_places[0], of_places[1]), fmaxf(of_places[2], of_places[3]));
+#pragma unroll
+    for (int i = 0; i < 4; ++i) places[i] = fmaxf(places[i], of_places[i]);
+    second = fmaxf(second, fminf(best, of_tile));
+    tile = of_tile > best ? t : tile;
   }
 };
+
+// The clusters of a row whose scores a lane may have found close to the best: of these quads and
+// these places, a bit each, of this tile, or of any. No quad: none.
+struct CloseClusters {
+  static constexpr uint32_t kAnyTile = 0xffff;
+  static constexpr int kPlacesAt = 8, kTileAt = 16;
+  static_assert(kQuads <= kPlacesAt);
+  uint32_t word;
+
+  __device__ __forceinline__ uint32_t Quads() const { return word & ((1u << kPlacesAt) - 1); }
+  __device__ __forceinline__ uint32_t Places() const { return word >> kPlacesAt & 0xfu; }
+  __device__ __forceinline__ uint32_t Tile() const { return word >> kTileAt; }
+  __device__ __forceinline__ int Count(int tiles) const {
+    return __popc(Quads()) * __popc(Places()) * (Tile() == kAnyTile ? tiles : 1);
+  }
+  // Cluster i < Count of the row's lane.
+  __device__ __forceinline__ int At(int i, int lane) const {
+    const int place_count = __popc(Places()), of_tile = __popc(Quads()) * place_count;
+    const int place = Bit(Places(), i % place_count);
+    const int quad = Bit(Quads(), i % of_tile / place_count);
+    const int tile = Tile() == kAnyTile ? i / of_tile : static_cast<int>(Tile());
+    return ClusterAt(tile, quad, place, lane);
+  }
+
+ private:
+  // The place of bit `number` of those that are set.
+  __device__ __forceinline__ static int Bit(uint32_t bits, int number) {
+    for (; number > 0; --number) bits &= bits - 1;
+    return __ffs(static_cast<int>(bits)) - 1;
+  }
+};
+
+constexpr int32_t kOpenLabel = -1;  // of a row that will be scored again
 
 // Stages one tile of centroids, as it lies.
 template <int kDim, int kThreads>
@@ -396,56 +446,58 @@ __device__ __forceinline__ void ScoreTile(const uint32_t (&rows)[kRowTiles][kDim
   }
 }
 
-// Folds 16 rows' scores of a tile, sum[n] as MmaHalf has them, into the best of rows r and r + 8.
-__device__ __forceinline__ void FoldTile(const float (&sum)[kTileClusters / 8][4], int first,
-                                         int clusters, BestTwo (&best)[2]) {
-  const int t = threadIdx.x % 4;
-  if (first + kTileClusters <= clusters) {
-    // Places within the tile are constants: the cluster is worked out once.
-    int at[2] = {-1, -1};
+// Folds 16 rows' scores of a tile, sum[n] as MmaHalf has them, into the maxima of rows r and r + 8.
+__device__ __forceinline__ void FoldTile(float (&sum)[kTileClusters / 8][4], int tile, int clusters,
+                                         RowMaxima (&maxima)[2]) {
+  if ((tile + 1) * kTileClusters > clusters) {
+    // What is beyond the last cluster changes nothing.
+    const int after = clusters - tile * kTileClusters - threadIdx.x % 4 * 2;
 #pragma unroll
     for (int n = 0; n < kTileClusters / 8; ++n) {
 #pragma unroll
-      for (int i = 0; i < 2; ++i) {
-#pragma unroll
-        for (int half = 0; half < 2; ++half) {
-          best[half].Add(sum[n][i + 2 * half], n * 8 + i, &at[half]);
-        }
+      for (int i = 0; i < 4; ++i) {
+        if (n * 8 + i % 2 >= after) sum[n][i] = kNegativeInfinity;
       }
     }
-#pragma unroll
-    for (int half = 0; half < 2; ++half) {
-      if (at[half] >= 0) best[half].cluster = first + 2 * t + at[half];
-    }
-    return;
   }
-  // What is beyond the last cluster changes nothing.
-#pragma unroll
-  for (int n = 0; n < kTileClusters / 8; ++n) {
-#pragma unroll
-    for (int i = 0; i < 2; ++i) {
-      const int cluster = first + n * 8 + t * 2 + i;
-      const bool there = cluster < clusters;
-      best[0].Add(there ? sum[n][i] : kNegativeInfinity, cluster, &best[0].cluster);
-      best[1].Add(there ? sum[n][i + 2] : kNegativeInfinity, cluster, &best[1].cluster);
-    }
-  }
+  maxima[0].Add<0>(sum, tile);
+  maxima[1].Add<1>(sum, tile);
 }
 
-// Merges the four lanes that have a row and writes its label: as ~label with its limit where the
-// second best is too close to the best.
+// Which of kCount scores reach the limit, a bit each.
+template <int kCount>
+__device__ __forceinline__ uint32_t Reaching(const float (&scores)[kCount], float limit) {
+  uint32_t bits = 0;
+#pragma unroll
+  for (int i = 0; i < kCount; ++i) bits |= scores[i] >= limit ? 1u << i : 0u;
+  return bits;
+}
+
+// Joins the four lanes that have a row and writes its label, or, where more than one score comes
+// within `margin` of the best, kOpenLabel and what each lane found close.
 __device__ __forceinline__ void WriteLabel(const Plan& plan, int index, int row, int row_count,
-                                           float margin, BestTwo& best, int32_t* labels,
+                                           float margin, const RowMaxima& maxima, int32_t* labels,
                                            unsigned char* workspace) {
-  best.Merge(1);
-  best.Merge(2);
-  if (threadIdx.x % 4 != 0 || row >= row_count) return;
-  const bool close = best.best - best.second < margin;
-  labels[row] = close ? ~best.cluster : best.cluster;
-  if (close) {
-    *plan.At<float>(workspace, plan.limits, static_cast<int64_t>(index) * plan.padded_rows + row) =
-        best.best - margin;
+  const int lane = threadIdx.x % 4;
+  float limit = maxima.Best();
+  limit = fmaxf(limit, __shfl_xor_sync(kFullMask, limit, 1));
+  limit = fmaxf(limit, __shfl_xor_sync(kFullMask, limit, 2)) - margin;
+  const uint32_t quads = Reaching(maxima.quads, limit), places = Reaching(maxima.places, limit);
+  const uint32_t tile =
+      maxima.second >= limit ? CloseClusters::kAnyTile : static_cast<uint32_t>(maxima.tile);
+  const CloseClusters close = {quads | places << CloseClusters::kPlacesAt |
+                               tile << CloseClusters::kTileAt};
+  const int mine = close.Count(2);
+  int all = mine + __shfl_xor_sync(kFullMask, mine, 1);
+  all += __shfl_xor_sync(kFullMask, all, 2);
+  if (row >= row_count) return;
+  if (all == 1) {
+    if (mine == 1) labels[row] = close.At(0, lane);
+    return;
   }
+  if (lane == 0) labels[row] = kOpenLabel;
+  const int64_t at = (static_cast<int64_t>(index) * plan.padded_rows + row) * 4 + lane;
+  *plan.At<CloseClusters>(workspace, plan.close, at) = close;
 }
 
 template <int kDim, int kRowTiles>
@@ -481,11 +533,11 @@ __global__ void __launch_bounds__(kAssignThreads, 1)
     }
     LoadRows<kDim>(from, rows[m]);
   }
-  BestTwo best[kRowTiles][2];
+  RowMaxima maxima[kRowTiles][2];
 #pragma unroll
   for (int m = 0; m < kRowTiles; ++m) {
 #pragma unroll
-    for (int half = 0; half < 2; ++half) best[m][half].Clear();
+    for (int half = 0; half < 2; ++half) maxima[m][half].Clear();
   }
   for (int tile = 0; tile < tiles; ++tile) {
     CopyAsyncWait<kStages - 2>();
@@ -499,9 +551,7 @@ __global__ void __launch_bounds__(kAssignThreads, 1)
     float sum[kRowTiles][kTileClusters / 8][4];
     ScoreTile<kDim, kRowTiles>(rows, stages + tile % kStages * kTileClusters * kDim, sum);
 #pragma unroll
-    for (int m = 0; m < kRowTiles; ++m) {
-      FoldTile(sum[m], tile * kTileClusters, clusters, best[m]);
-    }
+    for (int m = 0; m < kRowTiles; ++m) FoldTile(sum[m], tile, clusters, maxima[m]);
   }
 #pragma unroll
   for (int m = 0; m < kRowTiles; ++m) {
@@ -510,135 +560,152 @@ __global__ void __launch_bounds__(kAssignThreads, 1)
       const int row = first_row + m * 16 + half * 8 + r;
       const float margin =
           *plan.At<float>(workspace, plan.margins, rows_at + min(row, row_count - 1));
-      WriteLabel(plan, index, row, row_count, margin, best[m][half], problem.labels, workspace);
+      WriteLabel(plan, index, row, row_count, margin, maxima[m][half], problem.labels, workspace);
     }
   }
 }
+
+// What a block of AssignHopperKernel works on next: kItemRows rows of a problem.
+struct Item {
+  int problem;
+  int first_row;
+  int row_count;  // of the problem
+  int clusters;   // 0: there is nothing more to do
+  int32_t* labels;
+};
 
 // Shared memory of AssignHopperKernel.
 template <int kDim>
 struct HopperShared {
   uint16_t centroids[kHopperStages][kTileClusters * kDim];
   uint16_t rows[kGroups][kGroupRows * kDim];
+  float margins[kGroups][2][kGroupRows];  // of this item's rows and the next one's
+  Item items[kGroups][2];                 // likewise
   PhaseBarrier centroids_full[kHopperStages], centroids_empty[kHopperStages];
   PhaseBarrier rows_full[kGroups], rows_empty[kGroups];
 };
 
 #if CKV_HOPPER
-// What a block works on next: kItemRows rows of a problem.
-struct Item {
-  int problem;
-  int first_row;
-  int row_count;  // of the problem; 0 where the item is empty
-  int clusters;
-  int32_t* labels;
+// Where an item's tiles pass: from stage 0 on, round and round; each stage with its own parity.
+struct StageCursor {
+  int stage;
+  uint32_t parities;  // by stage, a bit each
 
-  __device__ __forceinline__ void Load(const Plan& plan, const KMeansCudaProblem* problems,
-                                       int item, int items) {
-    const int per_problem = plan.padded_rows / kItemRows;
-    const int i = min(item, items - 1);
-    problem = i / per_problem;
-    first_row = i % per_problem * kItemRows;
-    row_count = problems[problem].row_count;
-    clusters = problems[problem].cluster_count;
-    labels = problems[problem].labels;
+  __device__ __forceinline__ int Parity() const { return static_cast<int>(parities >> stage & 1); }
+  __device__ __forceinline__ void Advance() {
+    parities ^= 1u << stage;
+    stage = stage + 1 == kHopperStages ? 0 : stage + 1;
   }
-  __device__ __forceinline__ bool Empty() const { return first_row >= row_count; }
 };
 
-// Fetches rows and centroids for the other warps, item after item. One thread.
+// Fetches rows and centroids for the groups: of items first to end - 1, then an item without
+// clusters. Centroids that all have a stage are fetched once for a problem's items. One thread.
 template <int kDim>
-__device__ void FetchItems(const Plan& plan, const KMeansCudaProblem* problems, int items,
+__device__ void FetchItems(const Plan& plan, const KMeansCudaProblem* problems, int first, int end,
                            HopperShared<kDim>& shared, unsigned char* workspace) {
-  constexpr int kTileBytes = kTileClusters * kDim * 2, kRowsBytes = kGroupRows * kDim * 2;
-  int stage = 0, parity = 1, rows_parity = 1;  // at first all are empty
-  for (int i = static_cast<int>(blockIdx.x); i < items; i += static_cast<int>(gridDim.x)) {
-    Item item;
-    item.Load(plan, problems, i, items);
-    if (item.Empty()) continue;
-    const uint16_t* rows = plan.At<uint16_t>(
-        workspace, plan.rows,
-        (static_cast<int64_t>(item.problem) * plan.padded_rows + item.first_row) * kDim);
+  constexpr int kTileBytes = kTileClusters * kDim * 2;
+  constexpr int kRowsBytes = kGroupRows * kDim * 2, kMarginsBytes = kGroupRows * 4;
+  const int per_problem = plan.padded_rows / kItemRows;
+  StageCursor cursor = {0, (1u << kHopperStages) - 1};  // at first all are empty
+  int turn = 0, staged = -1;
+  for (int i = first; i <= end; ++i) {
+    Item item = {i / per_problem, i % per_problem * kItemRows, 0, 0, nullptr};
+    if (i < end) {
+      const KMeansCudaProblem& problem = problems[item.problem];
+      item.row_count = problem.row_count;
+      item.clusters = problem.cluster_count;
+      item.labels = problem.labels;
+      if (item.first_row >= item.row_count) continue;
+    }
     for (int g = 0; g < kGroups; ++g) {
-      shared.rows_empty[g].Wait(rows_parity);
-      shared.rows_full[g].ArriveAndExpect(kRowsBytes);
-      CopyBulk(shared.rows[g], rows + g * kGroupRows * kDim, kRowsBytes, &shared.rows_full[g]);
-    }
-    rows_parity ^= 1;
-    const uint16_t* centroids = plan.Centroid(workspace, item.problem, 0);
-    for (int first = 0; first < item.clusters; first += kTileClusters) {
-      shared.centroids_empty[stage].Wait(parity);
-      shared.centroids_full[stage].ArriveAndExpect(kTileBytes);
-      CopyBulk(shared.centroids[stage], centroids + static_cast<int64_t>(first) * kDim, kTileBytes,
-               &shared.centroids_full[stage]);
-      if (++stage == kHopperStages) {
-        stage = 0;
-        parity ^= 1;
+      PhaseBarrier& full = shared.rows_full[g];
+      shared.rows_empty[g].Wait(turn ^ 1);
+      shared.items[g][turn] = item;
+      if (item.clusters == 0) {
+        full.Arrive();
+        continue;
       }
+      const int64_t row =
+          static_cast<int64_t>(item.problem) * plan.padded_rows + item.first_row + g * kGroupRows;
+      full.ArriveAndExpect(kRowsBytes + kMarginsBytes);
+      CopyBulk(shared.rows[g], plan.At<uint16_t>(workspace, plan.rows, row * kDim), kRowsBytes,
+               &full);
+      CopyBulk(shared.margins[g][turn], plan.At<float>(workspace, plan.margins, row), kMarginsBytes,
+               &full);
     }
+    turn ^= 1;
+    const uint16_t* centroids = plan.Centroid(workspace, item.problem, 0);
+    const bool there = item.problem == staged;
+    cursor.stage = 0;
+    for (int at = 0; at < item.clusters; at += kTileClusters) {
+      PhaseBarrier& full = shared.centroids_full[cursor.stage];
+      shared.centroids_empty[cursor.stage].Wait(cursor.Parity());
+      if (there) {
+        full.Arrive();
+      } else {
+        full.ArriveAndExpect(kTileBytes);
+        CopyBulk(shared.centroids[cursor.stage], centroids + static_cast<int64_t>(at) * kDim,
+                 kTileBytes, &full);
+      }
+      cursor.Advance();
+    }
+    staged = item.clusters <= kHopperStages * kTileClusters ? item.problem : -1;
   }
 }
 
 // A warpgroup's 64 rows of every item. The products of one group run while others fold theirs.
 template <int kDim>
-__device__ void ScoreItems(const Plan& plan, const KMeansCudaProblem* problems, int items,
-                           HopperShared<kDim>& shared, unsigned char* workspace) {
+__device__ void ScoreItems(const Plan& plan, HopperShared<kDim>& shared, unsigned char* workspace) {
+  constexpr int kTileBytes = kTileClusters * kDim * 2;
+  constexpr int kStepBytes = 2 * Plan::kChannelStep * 2;  // of 16 channels
   const int lane = threadIdx.x % kWarp, warp = threadIdx.x / kWarp, group = warp / 4;
   const int row_in_group = warp % 4 * 16 + lane / 4;
-  int stage = 0, parity = 0, rows_parity = 0;
-  Item item, next;
-  next.Load(plan, problems, static_cast<int>(blockIdx.x), items);
-  for (int i = static_cast<int>(blockIdx.x); i < items; i += static_cast<int>(gridDim.x)) {
-    item = next;
-    next.Load(plan, problems, i + static_cast<int>(gridDim.x), items);
-    if (item.Empty()) continue;
-    const int row = item.first_row + group * kGroupRows + row_in_group;
-    const float* margins = plan.At<float>(workspace, plan.margins,
-                                          static_cast<int64_t>(item.problem) * plan.padded_rows);
-    const float margin[2] = {margins[row], margins[row + 8]};
+  const MatrixB first_tile = MakeMatrixB<kTileClusters * 16>(shared.centroids[0]);
+  StageCursor cursor = {0, 0};
+  for (int turn = 0;; turn ^= 1) {
+    shared.rows_full[group].Wait(turn);
+    const Item& item = shared.items[group][turn];
+    const int clusters = item.clusters, tiles = (clusters + kTileClusters - 1) / kTileClusters;
+    if (tiles == 0) return;
     uint32_t rows[kDim / 16][4];
-    shared.rows_full[group].Wait(rows_parity);
     const uint16_t* from[2] = {shared.rows[group] + row_in_group * kDim,
                                shared.rows[group] + (row_in_group + 8) * kDim};
     LoadRows<kDim>(from, rows);
     __syncwarp();
     if (lane == 0) shared.rows_empty[group].Arrive();
-    rows_parity ^= 1;
-    BestTwo best[2];
+    RowMaxima maxima[2];
 #pragma unroll
-    for (int half = 0; half < 2; ++half) best[half].Clear();
-    for (int first = 0; first < item.clusters; first += kTileClusters) {
+    for (int half = 0; half < 2; ++half) maxima[half].Clear();
+    cursor.stage = 0;
+    for (int tile = 0; tile < tiles; ++tile) {
       float sum[kTileClusters / 2];
-      shared.centroids_full[stage].Wait(parity);
+      const MatrixB b = MoveMatrixB(first_tile, cursor.stage * kTileBytes);
+      shared.centroids_full[cursor.stage].Wait(cursor.Parity());
       WarpgroupFence();
 #pragma unroll
       for (int k = 0; k < kDim / 16; ++k) {
-        WarpgroupMmaHalf(
-            sum, rows[k],
-            MakeMatrixB<kTileClusters * 16>(shared.centroids[stage] + 2 * k * Plan::kChannelStep),
-            k > 0);
+        WarpgroupMmaHalf(sum, rows[k], MoveMatrixB(b, k * kStepBytes), k > 0);
       }
       WarpgroupCommit();
       WarpgroupWait(sum);
-      if (lane == 0) shared.centroids_empty[stage].Arrive();
-      if (++stage == kHopperStages) {
-        stage = 0;
-        parity ^= 1;
-      }
-      float tile[kTileClusters / 8][4];
+      if (lane == 0) shared.centroids_empty[cursor.stage].Arrive();
+      cursor.Advance();
+      float by_columns[kTileClusters / 8][4];
 #pragma unroll
-      for (int n = 0; n < kTileClusters / 2; ++n) tile[n / 4][n % 4] = sum[n];
-      FoldTile(tile, first, item.clusters, best);
+      for (int n = 0; n < kTileClusters / 2; ++n) by_columns[n / 4][n % 4] = sum[n];
+      FoldTile(by_columns, tile, clusters, maxima);
     }
 #pragma unroll
     for (int half = 0; half < 2; ++half) {
-      WriteLabel(plan, item.problem, row + 8 * half, item.row_count, margin[half], best[half],
-                 item.labels, workspace);
+      const int row = row_in_group + 8 * half;
+      WriteLabel(plan, item.problem, item.first_row + group * kGroupRows + row, item.row_count,
+                 shared.margins[group][turn][row], maxima[half], item.labels, workspace);
     }
   }
 }
 #endif  // CKV_HOPPER
 
+// A block has an equal share of the items, one after the other.
 template <int kDim>
 __global__ void __launch_bounds__(kHopperThreads, 1)
     AssignHopperKernel(const __grid_constant__ Plan plan, const KMeansCudaProblem* problems,
@@ -658,9 +725,11 @@ __global__ void __launch_bounds__(kHopperThreads, 1)
   }
   __syncthreads();
   if (threadIdx.x < kGroups * 128) {
-    ScoreItems<kDim>(plan, problems, items, shared, workspace);
+    ScoreItems<kDim>(plan, shared, workspace);
   } else if (threadIdx.x == kGroups * 128) {
-    FetchItems<kDim>(plan, problems, items, shared, workspace);
+    const int64_t block = blockIdx.x, blocks = gridDim.x;
+    FetchItems<kDim>(plan, problems, static_cast<int>(block * items / blocks),
+                     static_cast<int>((block + 1) * items / blocks), shared, workspace);
   }
 #endif
 }
@@ -703,128 +772,60 @@ __device__ __forceinline__ float ExactScore(const KMeansCudaProblem& problem,
   return sum;
 }
 
-struct RescoreShared {
-  alignas(16) unsigned char problem[kProblemBytes];
-  unsigned long long best[kRescoreRows];  // NOLINT(runtime/int): what atomicMax takes
-  uint32_t candidates[kRescoreRoom];      // row of the batch, cluster
-  int close[kRescoreChunk];
-  int close_count, candidate_count;
-};
-
-// Scores the candidates exactly and empties their list. All threads.
-__device__ void ScoreCandidates(const Plan& plan, const KMeansCudaProblem& problem, int index,
-                                const int* rows, RescoreShared& shared, unsigned char* workspace) {
+// The label of an open row: of the clusters that came close, the best in exact float. A warp.
+__device__ int32_t RescoreRow(const Plan& plan, const KMeansCudaProblem& problem, int index,
+                              int row, unsigned char* workspace) {
   const KMeansCudaParams& p = plan.params;
-  __syncthreads();
-  for (int i = threadIdx.x; i < shared.candidate_count; i += kRescoreThreads) {
-    const int row = static_cast<int>(shared.candidates[i] >> 16);
-    const int cluster = static_cast<int>(shared.candidates[i] & 0xffffu);
+  const int lane = threadIdx.x % kWarp, clusters = problem.cluster_count;
+  const int tiles = (clusters + kTileClusters - 1) / kTileClusters;
+  const uint4 words =
+      *plan.At<uint4>(workspace, plan.close, static_cast<int64_t>(index) * plan.padded_rows + row);
+  const CloseClusters close[4] = {{words.x}, {words.y}, {words.z}, {words.w}};
+  int begin[5] = {};
+#pragma unroll
+  for (int t = 0; t < 4; ++t) begin[t + 1] = begin[t] + close[t].Count(tiles);
+  unsigned long long best = ScoreKey(kNegativeInfinity, 0);  // NOLINT(runtime/int)
+  for (int i = lane; i < begin[4]; i += kWarp) {
+    int cluster = 0;
+#pragma unroll
+    for (int t = 0; t < 4; ++t) {
+      if (i >= begin[t] && i < begin[t + 1]) cluster = close[t].At(i - begin[t], t);
+    }
+    if (cluster >= clusters) continue;
     const float* unit = plan.At<float>(
         workspace, plan.unit, (static_cast<int64_t>(index) * p.max_clusters + cluster) * p.dim);
-    const float score = ExactScore(problem, p, rows[row], unit);
-    atomicMax(&shared.best[row], ScoreKey(score, cluster));
+    best = max(best, ScoreKey(ExactScore(problem, p, row, unit), cluster));
   }
-  __syncthreads();
-  if (threadIdx.x == 0) shared.candidate_count = 0;
-  __syncthreads();
+#pragma unroll
+  for (int offset = kWarp / 2; offset > 0; offset /= 2) {
+    best = max(best, __shfl_xor_sync(kFullMask, best, offset));
+  }
+  return static_cast<int32_t>(0xffffffffu - static_cast<uint32_t>(best));
 }
 
-// Scores up to kRescoreRows close rows again, in fp16; who comes close enough, in exact float.
-template <int kDim>
-__device__ void RescoreRows(const Plan& plan, const KMeansCudaProblem& problem, int index,
-                            const int* close, int count, RescoreShared& shared, uint16_t* stages,
-                            unsigned char* workspace) {
-  const int lane = threadIdx.x % kWarp, warp = threadIdx.x / kWarp, r = lane / 4, t = lane % 4;
-  const int64_t rows_at = static_cast<int64_t>(index) * plan.padded_rows;
-  const uint16_t* centroids = plan.Centroid(workspace, index, 0);
-  const int clusters = problem.cluster_count;
-  for (int i = threadIdx.x; i < kRescoreRows; i += kRescoreThreads) shared.best[i] = 0;
-  uint32_t rows[1][kDim / 16][4];
-  const uint16_t* from[2];
-  float limit[2];
-#pragma unroll
-  for (int half = 0; half < 2; ++half) {
-    const int i = warp * 16 + half * 8 + r, row = close[min(i, count - 1)];
-    from[half] = plan.At<uint16_t>(workspace, plan.rows, (rows_at + row) * kDim);
-    limit[half] =
-        i < count ? *plan.At<float>(workspace, plan.limits, rows_at + row) : -kNegativeInfinity;
-  }
-  LoadRows<kDim>(from, rows[0]);
-  constexpr int kDepth = RescoreStages(kDim), kTile = kTileClusters * kDim;
-  const int tiles = (clusters + kTileClusters - 1) / kTileClusters;
-  for (int tile = 0; tile < kDepth - 1; ++tile) {
-    if (tile < tiles) {
-      StageCentroids<kDim, kRescoreThreads>(centroids, tile * kTileClusters, stages + tile * kTile);
-    }
-    CopyAsyncCommit();
-  }
-  for (int tile = 0; tile < tiles; ++tile) {
-    const int first = tile * kTileClusters, ahead = tile + kDepth - 1;
-    if (ahead < tiles) {
-      StageCentroids<kDim, kRescoreThreads>(centroids, ahead * kTileClusters,
-                                            stages + ahead % kDepth * kTile);
-    }
-    CopyAsyncCommit();
-    CopyAsyncWait<kDepth - 1>();
-    __syncthreads();
-    float sum[1][kTileClusters / 8][4];
-    ScoreTile<kDim, 1>(rows, stages + tile % kDepth * kTile, sum);
-    uint32_t hits = 0;  // few, or none
-#pragma unroll
-    for (int n = 0; n < kTileClusters / 8; ++n) {
-#pragma unroll
-      for (int i = 0; i < 4; ++i) hits |= sum[0][n][i] >= limit[i / 2] ? 1u << (4 * n + i) : 0u;
-    }
-    for (; hits != 0; hits &= hits - 1) {
-      const int hit = __ffs(static_cast<int>(hits)) - 1, i = hit % 4;
-      const int cluster = first + hit / 4 * 8 + t * 2 + i % 2;
-      if (cluster >= clusters) continue;
-      const uint32_t row = static_cast<uint32_t>(warp * 16 + i / 2 * 8 + r);
-      const int at = atomicAdd(&shared.candidate_count, 1);
-      shared.candidates[at] = row << 16 | static_cast<uint32_t>(cluster);
-    }
-    __syncthreads();
-    if (shared.candidate_count > kRescoreRoom - kRescoreRows * kTileClusters) {
-      ScoreCandidates(plan, problem, index, close, shared, workspace);
-    }
-  }
-  ScoreCandidates(plan, problem, index, close, shared, workspace);
-  for (int i = threadIdx.x; i < count; i += kRescoreThreads) {
-    problem.labels[close[i]] =
-        static_cast<int32_t>(0xffffffffu - static_cast<uint32_t>(shared.best[i]));
-  }
-  __syncthreads();
-}
-
-// A block looks through kRescoreChunk labels for those that assignment left open.
-template <int kDim>
+// A block looks through kRescoreLabels labels per thread for those that assignment left open, of
+// which its warps take one after the other.
 __global__ void __launch_bounds__(kRescoreThreads)
     RescoreKernel(const __grid_constant__ Plan plan, const KMeansCudaProblem* problems,
                   unsigned char* workspace) {
   const int index = static_cast<int>(blockIdx.y);
-  RescoreShared& shared = *reinterpret_cast<RescoreShared*>(SharedMemory());
-  const KMeansCudaProblem& problem = ShareProblem(problems + index, shared.problem);
-  const int begin = static_cast<int>(blockIdx.x) * kRescoreChunk;
-  const int end = min(problem.row_count, begin + kRescoreChunk);
-  uint16_t* stages =
-      reinterpret_cast<uint16_t*>(SharedMemory() + (sizeof(RescoreShared) + 127) / 128 * 128);
-  if (threadIdx.x == 0) shared.close_count = shared.candidate_count = 0;
+  const KMeansCudaProblem& problem = ShareProblem(problems + index, SharedMemory());
+  int* open_count = reinterpret_cast<int*>(SharedMemory() + kProblemBytes);
+  int* open = open_count + 1;
+  if (threadIdx.x == 0) *open_count = 0;
   __syncthreads();
-  static_assert(kRescoreChunk == kLabelBatch * kRescoreThreads);
-  const int own = begin + static_cast<int>(threadIdx.x);
-  int32_t labels[kLabelBatch];
-  LoadLabels(problem.labels, own, kRescoreThreads, end, labels);
+  const int first = static_cast<int>(blockIdx.x) * kRescoreLabels * kRescoreThreads;
 #pragma unroll
-  for (int j = 0; j < kLabelBatch; ++j) {
-    if (labels[j] < 0) {
-      shared.close[atomicAdd(&shared.close_count, 1)] = own + j * kRescoreThreads;
+  for (int j = 0; j < kRescoreLabels; ++j) {
+    const int row = first + j * kRescoreThreads + static_cast<int>(threadIdx.x);
+    if (row < problem.row_count && problem.labels[row] == kOpenLabel) {
+      open[atomicAdd(open_count, 1)] = row;
     }
   }
   __syncthreads();
-  const int close = shared.close_count;
-  for (int first = 0; first < close; first += kRescoreRows) {
-    RescoreRows<kDim>(plan, problem, index, shared.close + first, min(kRescoreRows, close - first),
-                      shared, stages, workspace);
+  for (int i = threadIdx.x / kWarp; i < *open_count; i += kRescoreThreads / kWarp) {
+    const int32_t label = RescoreRow(plan, problem, index, open[i], workspace);
+    if (threadIdx.x % kWarp == 0) problem.labels[open[i]] = label;
   }
 }
 
@@ -1043,7 +1044,7 @@ Plan MakePlan(const KMeansCudaParams& p, int64_t problems) {
   plan.padded_rows = (p.max_rows + kItemRows - 1) / kItemRows * kItemRows;
   plan.rows = take(problems * plan.padded_rows * plan.padded_dim * 2);
   plan.margins = take(problems * plan.padded_rows * 4);
-  plan.limits = take(problems * plan.padded_rows * 4);
+  plan.close = take(problems * plan.padded_rows * 16);
   plan.centroids = take(problems * plan.padded_clusters * plan.padded_dim * 2);
   plan.unit = take(problems * p.max_clusters * p.dim * 4);
   plan.bytes = at;
@@ -1104,13 +1105,10 @@ cudaError_t Assign(const Plan& plan, const KMeansCudaProblem* problems, int32_t 
                                           dim3(kAssignThreads), kStages * tile_bytes, 1, stream,
                                           plan, problems, workspace));
   }
-  const ProblemsKernel rescore = dim == 64    ? RescoreKernel<64>
-                                 : dim == 128 ? RescoreKernel<128>
-                                 : dim == 256 ? RescoreKernel<256>
-                                              : RescoreKernel<512>;
-  return cuda::Launch(rescore, Grid(p.max_rows, kRescoreChunk, count), dim3(kRescoreThreads),
-                      (sizeof(RescoreShared) + 127) / 128 * 128 + RescoreStages(dim) * tile_bytes,
-                      1, stream, plan, problems, workspace);
+  constexpr int kRescoreRows = kRescoreLabels * kRescoreThreads;
+  return cuda::Launch(RescoreKernel, Grid(p.max_rows, kRescoreRows, count), dim3(kRescoreThreads),
+                      kProblemBytes + (1 + kRescoreRows) * sizeof(int), 1, stream, plan, problems,
+                      workspace);
 }
 
 template <int kVectors>
