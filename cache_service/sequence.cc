@@ -72,7 +72,7 @@ v1::SequenceState Sequence::StateLocked() const {
   for (const Layer& layer : layers_) {
     any |= layer.received.tokens() > 0 || !layer.claims.empty();
     all &= layer.received.tokens() == params_.prompt_tokens;
-    built &= layer.snapshot != nullptr;
+    built &= layer.clustered();
     pending |= layer.builds_queued != layer.builds_done;
   }
   if (!any) return v1::SEQUENCE_STATE_OPEN;
@@ -352,19 +352,19 @@ void Sequence::BuildWindow(int64_t layer_index, kernels::ParallelFor parallel_fo
   PublishBuild(layer_index, std::move(part), /*is_window=*/true);
 }
 
-void Sequence::PublishBuild(int64_t layer_index,
-                            absl::StatusOr<std::shared_ptr<const IndexPart>> part, bool is_window) {
-  std::vector<Waiter> waiters;
-  std::vector<SealWaiter> seal_waiters;
-  absl::Status layer_status, seal_status;
-  std::shared_ptr<const LayerSnapshot> snapshot;
+void Sequence::PublishBuild(int64_t layer, absl::StatusOr<std::shared_ptr<const IndexPart>> part,
+                            bool is_window) {
+  if (TakeBuild(layer, std::move(part), is_window)) CountBuild(layer);
+}
+
+bool Sequence::TakeBuild(int64_t layer_index, absl::StatusOr<std::shared_ptr<const IndexPart>> part,
+                         bool is_window) {
   std::shared_ptr<PagedRows> freed;  // outside the lock
-  bool build_next = false, all_clustered = false;
+  bool all_clustered = false;
   {
     absl::MutexLock lock(&mutex_);
-    if (released()) return;
+    if (released()) return false;
     Layer& layer = layers_[static_cast<size_t>(layer_index)];
-    ++layer.builds_done;
     if (!part.ok()) {
       layer.failure = part.status();
     } else {
@@ -376,17 +376,33 @@ void Sequence::PublishBuild(int64_t layer_index,
         freed = std::move(layer.staging);
       }
     }
-    build_next = layer.failure.ok() && layer.builds_done < layer.builds_queued;
-    layer_status = CopyOf(layer.failure);
-    snapshot = layer.snapshot;
-    waiters = TakeWaiters(layer);
-    seal_waiters = TakeSealWaiters(&seal_status);
     all_clustered = !is_window && std::all_of(layers_.begin(), layers_.end(), [](const Layer& one) {
       return one.snapshot != nullptr;
     });
   }
   freed.reset();
   if (all_clustered) account_->Waive(MemoryUse::kStaging);
+  return true;
+}
+
+void Sequence::CountBuild(int64_t layer_index) {
+  std::vector<Waiter> waiters;
+  std::vector<SealWaiter> seal_waiters;
+  absl::Status layer_status, seal_status;
+  std::shared_ptr<const LayerSnapshot> snapshot;
+  bool build_next = false;
+  {
+    absl::MutexLock lock(&mutex_);
+    if (released()) return;
+    Layer& layer = layers_[static_cast<size_t>(layer_index)];
+    ++layer.builds_done;
+    build_next = layer.failure.ok() && layer.builds_done < layer.builds_queued;
+    layer_status = CopyOf(layer.failure);
+    waiters = TakeWaiters(layer);
+    // A copy that nobody waits for would keep pages from those who evict.
+    if (!waiters.empty()) snapshot = layer.snapshot;
+    seal_waiters = TakeSealWaiters(&seal_status);
+  }
   if (build_next) QueueWindowBuild(layer_index);
   while (!waiters.empty()) {
     const Waiter waiter = std::move(waiters.front());
@@ -395,7 +411,6 @@ void Sequence::PublishBuild(int64_t layer_index,
     SnapshotOr answer = waiters.empty() ? std::move(snapshot) : snapshot;
     waiter.then(layer_status.ok() ? std::move(answer) : SnapshotOr(CopyOf(layer_status)));
   }
-  snapshot.reset();
   if (seal_waiters.empty()) return;
   const v1::Sequence proto = ToProto(/*with_layers=*/true);
   for (SealWaiter& waiter : seal_waiters) {
@@ -417,7 +432,7 @@ std::vector<Sequence::Waiter> Sequence::TakeWaiters(Layer& layer) {
 std::vector<Sequence::SealWaiter> Sequence::TakeSealWaiters(absl::Status* status) {
   bool built = true;
   for (const Layer& layer : layers_) {
-    built &= layer.snapshot != nullptr;
+    built &= layer.clustered();
     if (!layer.failure.ok()) *status = CopyOf(layer.failure);
   }
   if (!built && status->ok()) return {};

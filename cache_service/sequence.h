@@ -199,6 +199,8 @@ class Sequence : public std::enable_shared_from_this<Sequence> {
     std::deque<Waiter> waiters;
     absl::Status failure;                           // of a build
     std::shared_ptr<const LayerSnapshot> snapshot;  // null until the prompt is clustered
+    // The prompt is, and its staging is free.
+    bool clustered() const { return snapshot != nullptr && builds_done > 0; }
   };
 
   struct SealWaiter {
@@ -288,8 +290,13 @@ class Sequence : public std::enable_shared_from_this<Sequence> {
   void QueueWindowBuild(int64_t layer);
   void BuildWindow(int64_t layer, kernels::ParallelFor parallel_for);
   // Adds a part (or none, for a prompt that is all sinks) to what readers see and wakes who waits.
+  // In two steps: a build counts as done once what it replaced is free.
   void PublishBuild(int64_t layer, absl::StatusOr<std::shared_ptr<const IndexPart>> part,
                     bool is_window);
+  // False: released meanwhile.
+  bool TakeBuild(int64_t layer, absl::StatusOr<std::shared_ptr<const IndexPart>> part,
+                 bool is_window);
+  void CountBuild(int64_t layer);
   // Waiters of a layer whose builds are done, taken out.
   std::vector<Waiter> TakeWaiters(Layer& layer) ABSL_EXCLUSIVE_LOCKS_REQUIRED(mutex_);
   // Seal waiters, if all is built or some layer failed, taken out.

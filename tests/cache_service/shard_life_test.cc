@@ -218,6 +218,18 @@ TEST(ShardMemoryTest, StagingBeyondTwoLayersIsLimitedByName) {
   EXPECT_TRUE(shard->PutChunk(Handle("a"), kv.Chunk(2, 0, 10)).ok());
 }
 
+TEST(ShardMemoryTest, WhoLeavesReadyLeavesAllMemoryAtOnce) {
+  const TestKv kv = MakeKv(TestShape(6), kPrompt, 1);
+  ShardHarness shard;
+  for (int round = 0; round < 20; ++round) {
+    shard.Ready(OpenRequest("a", kv, kPrompt), kv);
+    ASSERT_TRUE(shard->Release(Handle("a")).ok());
+    const v1::Stats stats = shard->GetStats();
+    ASSERT_EQ(stats.pages().free(), stats.pages().total()) << "what built its layers holds none";
+    ASSERT_EQ(stats.reserved_pages(), 0u);
+  }
+}
+
 TEST(ShardMemoryTest, LimitsHaveNames) {
   ShardOptions options = TestOptions();
   options.max_sequences = 2;
