@@ -168,7 +168,7 @@ CuttingProxy::~CuttingProxy() {
   stopping_ = true;
   shutdown(listener_, SHUT_RDWR);
   acceptor_.join();
-  CutAll();
+  CutOff();
   for (std::thread& thread : threads_) thread.join();
   for (const int socket : sockets_) close(socket);
   close(listener_);
@@ -183,6 +183,17 @@ void CuttingProxy::CutAfter(int64_t bytes, std::function<void()> then) {
     then_ = std::move(then);
   }
   until_cut_ = bytes;
+}
+
+void CuttingProxy::CutOff() {
+  std::lock_guard lock(mutex_);
+  cut_off_ = true;
+  Cut(sockets_.size());
+}
+
+void CuttingProxy::Restore() {
+  std::lock_guard lock(mutex_);
+  cut_off_ = false;
 }
 
 void CuttingProxy::Accept() {
@@ -200,6 +211,11 @@ void CuttingProxy::Accept() {
       continue;
     }
     std::lock_guard lock(mutex_);
+    if (cut_off_) {
+      close(client);
+      close(server);
+      continue;
+    }
     sockets_.push_back(client);
     sockets_.push_back(server);
     threads_.emplace_back([=, this] { Pump(client, server); });
@@ -228,13 +244,16 @@ void CuttingProxy::Pump(int from, int to) {
     }
     if (cut) {
       std::function<void()> then;
+      size_t open = 0;
       {
         std::lock_guard lock(mutex_);
         then.swap(then_);
+        open = sockets_.size();
       }
       if (then) then();
       ++cuts_;
-      CutAll();
+      std::lock_guard lock(mutex_);
+      Cut(open);
       return;
     }
   }
@@ -242,9 +261,8 @@ void CuttingProxy::Pump(int from, int to) {
   shutdown(from, SHUT_RDWR);
 }
 
-void CuttingProxy::CutAll() {
-  std::lock_guard lock(mutex_);
-  for (const int socket : sockets_) shutdown(socket, SHUT_RDWR);
+void CuttingProxy::Cut(size_t count) {
+  for (size_t i = 0; i < count; ++i) shutdown(sockets_[i], SHUT_RDWR);
 }
 
 }  // namespace clusterkv::worker

@@ -62,20 +62,27 @@ class CuttingProxy {
 
   std::string address() const;
   // Cuts all connections once so many more bytes have passed, both ways counted; < 0: never. `then`
-  // (may be null) runs between the last byte and the cut. New connections are accepted at once.
+  // (may be null) runs between the last byte and the cut. New connections are accepted at once, and
+  // those that come while `then` runs stay. gRPC sends bytes of its own: which call is hit by a cut
+  // after few bytes is not known.
   void CutAfter(int64_t bytes, std::function<void()> then = nullptr);
   int64_t cuts() const { return cuts_; }
+  // Cuts all connections and refuses new ones; from Restore on they are accepted again.
+  void CutOff();
+  void Restore();
 
  private:
   void Accept();
   void Pump(int from, int to);
-  void CutAll();
+  // The first `count` sockets.
+  void Cut(size_t count);
 
   int listener_ = -1, port_ = 0, target_port_ = 0;
   std::atomic<int64_t> until_cut_{-1}, cuts_{0};
   std::atomic<bool> stopping_{false};
   std::mutex mutex_;
   std::function<void()> then_;
+  bool cut_off_ = false;
   std::vector<int> sockets_;
   std::vector<std::thread> threads_;
   std::thread acceptor_;
