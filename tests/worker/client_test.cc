@@ -9,6 +9,7 @@
 #include "absl/strings/str_cat.h"
 #include "absl/time/clock.h"
 #include "proto/error.h"
+#include "tests/free_port.h"
 #include "tests/worker/worker_harness.h"
 
 namespace clusterkv::worker {
@@ -132,8 +133,8 @@ TEST(ClientTest, NoticesReachTheWorker) {
 }
 
 TEST(ClientTest, RestartIsToldOnceAndAServerThatStaysAwayIsUnavailable) {
-  auto service = std::make_unique<Service>();
-  const int port = service->server().port();
+  const int port = FreePort();
+  auto service = std::make_unique<Service>(port);
   const auto client = service->Connect();
   service.reset();
   EXPECT_EQ(client->Reconnect(absl::Milliseconds(300), nullptr).code(),

@@ -20,6 +20,7 @@
 #include "clusterkv/v1/admin_service.grpc.pb.h"
 #include "kernels/attention/attention.h"
 #include "proto/error.h"
+#include "tests/free_port.h"
 #include "tests/test_seed.h"
 #include "tests/worker/worker_harness.h"
 
@@ -619,8 +620,8 @@ TEST_F(DecodeSessionTest, AppendsGoInBatchesOfAllLayers) {
 }
 
 TEST_F(DecodeSessionTest, RestartedServerIsTold) {
-  auto service = std::make_unique<Service>();
-  const int port = service->server().port();
+  const int port = FreePort();
+  auto service = std::make_unique<Service>(port);
   const auto client = service->Connect();
   const auto layers = MakeLayers(100, 4);
   const v1::Sequence sequence = MustPrefill(client.get(), OpenRequest("a", layers), layers);

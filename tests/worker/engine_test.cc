@@ -12,6 +12,7 @@
 #include "absl/strings/str_cat.h"
 #include "kernels/base/element_type.h"
 #include "proto/error.h"
+#include "tests/free_port.h"
 #include "tests/worker/worker_harness.h"
 
 namespace clusterkv::worker {
@@ -278,7 +279,7 @@ TEST_F(EngineTest, AFailureThatPassesLeavesTheSequenceUsable) {
 }
 
 TEST_F(EngineTest, AServerThatIsGoneIsATypedError) {
-  auto service = std::make_unique<Service>();
+  auto service = std::make_unique<Service>(FreePort());  // nobody comes there after it
   const auto layers = MakeLayers(100, 4);
   EngineOptions options = Options(service->target());
   options.client.call_timeout = absl::Seconds(8);  // of Attach under load, too
@@ -294,8 +295,8 @@ TEST_F(EngineTest, AServerThatIsGoneIsATypedError) {
 }
 
 TEST_F(EngineTest, ARestartedServerIsTold) {
-  auto service = std::make_unique<Service>();
-  const int port = service->server().port();
+  const int port = FreePort();
+  auto service = std::make_unique<Service>(port);
   const auto layers = MakeLayers(100, 4);
   const auto engine = MustOpen(Options(service->target()));
   ASSERT_NE(engine, nullptr);

@@ -8,6 +8,7 @@
 
 #include "absl/strings/str_cat.h"
 #include "proto/error.h"
+#include "tests/free_port.h"
 #include "tests/test_seed.h"
 #include "tests/worker/worker_harness.h"
 
@@ -179,8 +180,8 @@ TEST(PrefillWriterTest, CutConnectionsAreSurvivedAtAnyByte) {
 }
 
 TEST(PrefillWriterTest, RestartedServerIsTold) {
-  auto service = std::make_unique<Service>();
-  const int port = service->server().port();
+  const int port = FreePort();
+  auto service = std::make_unique<Service>(port);
   const auto client = service->Connect();
   const std::vector<TraceLayer> layers = MakeLayers(100);
   const auto opened = client->OpenSequence(OpenRequest("a", layers));
