@@ -59,7 +59,7 @@ class ShardsTest : public ShardsFixture {
   void StartServer(Server& server) const {
     Start(CLUSTERKV_SERVER,
           {absl::StrCat("--listen=", server.address),
-           absl::StrCat("--admin_listen=", server.admin_address), "--session_ttl_ms=2000",
+           absl::StrCat("--admin_listen=", server.admin_address),
            absl::StrCat("--shards_file=", file_.string())},
           server);
   }
@@ -281,7 +281,7 @@ TEST_F(ShardsTest, AKilledShardLosesItsSequencesAndNoOthers) {
   EXPECT_EQ(Decode(elsewhere), outputs);
 
   StartServer(servers_[2]);
-  const absl::Time limit = absl::Now() + absl::Seconds(20);
+  const absl::Time limit = absl::Now() + kCallTimeout;
   absl::StatusOr<PlacedSequence> found;
   do {
     absl::SleepFor(absl::Milliseconds(50));
