@@ -23,6 +23,7 @@ using kernels::Stream;
 
 // Of the indexes of a layer, asked for into the second cache before queries come.
 constexpr int64_t kPrefetchBytes = 32 << 20;
+static_assert(kMaxGroupsOfKernel == kernels::kMaxTogether);
 
 // Why the kernel does not take them.
 absl::Status Refusal(const kernels::ServeParams& serve) {
@@ -112,30 +113,44 @@ absl::Status CudaResident::SetInput(const ResidentInput& input) {
   return absl::OkStatus();
 }
 
-absl::Status CudaResident::Start(const ResidentPlace& place) {
-  if (running_) return absl::OkStatus();
-  const ScopedDevice scoped(device_);
+absl::Status CudaResident::Prepare(const ResidentPlace& place) {
   serve_.select.blocks_per_pair = place.blocks_per_pair;
   serve_.blocks = place.blocks();
+  serve_.first_round = rounds_ + 1;
   ServeControl start = {};
   start.served = rounds_ * static_cast<uint64_t>(shape_.pairs);
   CKV_RETURN_IF_ERROR(CudaStatus(
       cudaMemcpyAsync(control(), &start, sizeof(start), cudaMemcpyHostToDevice, stream_->get()),
       "resident: control"));
   // A Stop that follows must not come before it.
-  CKV_RETURN_IF_ERROR(stream_->Synchronize());
-  serve_.first_round = rounds_ + 1;
-  CKV_RETURN_IF_ERROR(CudaStatus(kernels::LaunchServe(serve_, stream_->get()), "resident"));
-  running_ = true;
+  return stream_->Synchronize();
+}
+
+absl::Status CudaResident::Start(const ResidentPlace& place,
+                                 const std::vector<ResidentEnd*>& others) {
+  if (first_ != nullptr) return absl::OkStatus();
+  const ScopedDevice scoped(device_);
+  std::vector<CudaResident*> all = {this};
+  for (ResidentEnd* other : others) all.push_back(static_cast<CudaResident*>(other));
+  std::vector<kernels::ServeParams> groups;
+  for (CudaResident* resident : all) {
+    CKV_RETURN_IF_ERROR(resident->Prepare(place));
+    groups.push_back(resident->serve_);
+  }
+  CKV_RETURN_IF_ERROR(CudaStatus(
+      kernels::LaunchServe(groups.data(), static_cast<int32_t>(groups.size()), stream_->get()),
+      "resident"));
+  for (CudaResident* resident : all) resident->first_ = this;
   return absl::OkStatus();
 }
 
 absl::Status CudaResident::Stop() {
-  if (!running_) return absl::OkStatus();
+  if (first_ == nullptr) return absl::OkStatus();
   const ScopedDevice scoped(device_);
-  running_ = false;
-  CKV_RETURN_IF_ERROR(
-      CudaStatus(kernels::StopServe(control(), stream_->get(), other_->get()), "resident: stop"));
+  const CudaResident& first = *std::exchange(first_, nullptr);
+  // Also when another has stopped it: nothing is left to wait for then.
+  CKV_RETURN_IF_ERROR(CudaStatus(
+      kernels::StopServe(first.control(), first.stream_->get(), other_->get()), "resident: stop"));
   ServeControl end = {};
   CKV_RETURN_IF_ERROR(CudaStatus(
       cudaMemcpyAsync(&end, control(), sizeof(end), cudaMemcpyDeviceToHost, stream_->get()),

@@ -1,8 +1,8 @@
-// The memory and the stream of one resident kernel (kernels/resident/resident_cuda.h): the
-// service's end of a group.
+// What a resident kernel (kernels/resident/resident_cuda.h) has of one group, and its stream where
+// the group is the first that it serves: the service's end of a group.
 //
 //   state     leaves it
-//   stopped   Start: running; Free: freed
+//   stopped   Start, its own or that of another that it is served with: running; Free: freed
 //   running   Stop: stopped
 //   freed     -
 //
@@ -17,6 +17,7 @@
 #include <memory>
 #include <optional>
 #include <utility>
+#include <vector>
 
 #include "absl/status/status.h"
 #include "absl/status/statusor.h"
@@ -37,7 +38,7 @@ struct ResidentInput {
   std::function<void(std::byte* host, std::byte* device)> fill;
 };
 
-class CudaResident : public ResidentKernel {
+class CudaResident : public ResidentEnd {
  public:
   // Maps the worker's window. Stopped; has no input yet.
   // Errors: INVALID_FIELD for a window that is too small; as PeerWindow::Open and CudaStatus.
@@ -51,8 +52,9 @@ class CudaResident : public ResidentKernel {
   // REQUIRES: stopped. Errors: Unavailable when the kernel does not take such an input, and the old
   // one stays; as CudaStatus.
   absl::Status SetInput(const ResidentInput& input);
-  // REQUIRES: has input.
-  absl::Status Start(const ResidentPlace& place) override;
+  // REQUIRES: all have input.
+  absl::Status Start(const ResidentPlace& place, const std::vector<ResidentEnd*>& others) override;
+  // Those that it is served with are still to be told.
   absl::Status Stop() override;
   // Gives all but the requests' window back, for good. REQUIRES: stopped.
   void Free();
@@ -64,6 +66,8 @@ class CudaResident : public ResidentKernel {
       : device_(device), shape_(shape), window_(std::move(window)) {}
 
   absl::Status Allocate();
+  // For a kernel with this place, which goes on where the last one ended.
+  absl::Status Prepare(const ResidentPlace& place);
   kernels::ServeControl* control() const {
     return reinterpret_cast<kernels::ServeControl*>(control_.data());
   }
@@ -76,7 +80,7 @@ class CudaResident : public ResidentKernel {
   std::optional<kernels::Stream> stream_, other_;
   kernels::ServeParams serve_;
   uint64_t rounds_ = 0;
-  bool running_ = false;
+  CudaResident* first_ = nullptr;  // of its kernel, whose stream that has; null: stopped
 };
 
 }  // namespace clusterkv::cache_service

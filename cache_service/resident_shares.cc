@@ -23,31 +23,78 @@ int SurelyPlacedAlone(int multiprocessors, int blocks) {
   return std::max(0, multiprocessors - kProcessingClusters * lost) / blocks;
 }
 
+// How long a group's round takes. A pair's answer takes 6 + 8 / b with b blocks: what all of them
+// do, and what they share out (as measured: kernels/select/DESIGN.md, rounds).
+double Cost(const ResidentPlace& place, int pairs) {
+  const int turns = (pairs + place.clusters - 1) / place.clusters;
+  return turns * (6 + 8.0 / place.blocks_per_pair);
+}
+
+// The rounds of several, one after the other.
+double Cost(const ResidentLaunch& launch, const std::vector<int>& pairs) {
+  double cost = 0;
+  for (const int group : launch.groups) cost += Cost(launch.place, pairs[group]);
+  return cost;
+}
+
+// The place of one of so many kernels. `alike`: they all have the same.
+ResidentPlace PlaceOf(const ResidentLaunch& launch, int multiprocessors, int kernels, bool alike,
+                      const std::vector<int>& pairs) {
+  int most = 0;  // pairs of a group
+  for (const int group : launch.groups) most = std::max(most, pairs[group]);
+  const int share =
+      std::min(std::max(multiprocessors / 2, most), SharedOut(multiprocessors) / kernels);
+  const int free = multiprocessors - (kernels - 1) * share;
+  ResidentLaunch best = {launch.groups, {1, std::min(std::max(1, share), most)}};
+  for (int blocks = 2; blocks <= kMaxBlocksPerPair; ++blocks) {
+    const int placed =
+        alike ? SurelyPlacedAlone(multiprocessors, blocks) / kernels : SurelyPlaced(free, blocks);
+    const int clusters = std::min({share / blocks, placed, most});
+    if (clusters == 0) break;
+    const ResidentLaunch other = {launch.groups, {blocks, clusters}};
+    if (Cost(other, pairs) < Cost(best, pairs)) best = other;
+  }
+  return best.place;
+}
+
+// So many kernels, which have as many groups each, or one more.
+std::vector<ResidentLaunch> Deal(int multiprocessors, int kernels, const std::vector<int>& pairs) {
+  std::vector<ResidentLaunch> launches(kernels);
+  for (int group = 0; group < static_cast<int>(pairs.size()); ++group) {
+    launches[group % kernels].groups.push_back(group);
+  }
+  const bool alike = kernels == 1 || std::all_of(pairs.begin(), pairs.end(), [&](int of_group) {
+                       return of_group == pairs.front();
+                     });
+  for (ResidentLaunch& launch : launches) {
+    launch.place = alike ? PlaceOf(launches.front(), multiprocessors, kernels, true, pairs)
+                         : PlaceOf(launch, multiprocessors, kernels, false, pairs);
+  }
+  return launches;
+}
+
 }  // namespace
 
 int MaxResidentGroups(int multiprocessors) {
   return SharedOut(multiprocessors) / kMaxBlocksPerPair;
 }
 
-ResidentPlace PlaceOfGroup(int multiprocessors, int groups, int pairs, bool alike) {
-  const int share =
-      std::min(std::max(multiprocessors / 2, pairs), SharedOut(multiprocessors) / groups);
-  const int free = multiprocessors - (groups - 1) * share;
-  // A pair's answer takes 1 + 8 / b with b blocks: what all of them do, and what they share out.
-  const auto cost = [pairs](const ResidentPlace& place) {
-    const int turns = (pairs + place.clusters - 1) / place.clusters;
-    return turns * (1 + 8.0 / place.blocks_per_pair);
+std::vector<ResidentLaunch> PlaceGroups(int multiprocessors, const std::vector<int>& pairs) {
+  constexpr double kRounding = 1e-6;
+  const int groups = static_cast<int>(pairs.size());
+  std::vector<ResidentLaunch> own =
+      groups == 0 ? std::vector<ResidentLaunch>() : Deal(multiprocessors, groups, pairs);
+  const auto none_waits_longer = [&](const ResidentLaunch& launch) {
+    const double cost = Cost(launch, pairs);
+    return std::all_of(launch.groups.begin(), launch.groups.end(),
+                       [&](int group) { return cost <= Cost(own[group], pairs) + kRounding; });
   };
-  ResidentPlace best = {1, std::min(std::max(1, share), pairs)};
-  for (int blocks = 2; blocks <= kMaxBlocksPerPair; ++blocks) {
-    const int placed =
-        alike ? SurelyPlacedAlone(multiprocessors, blocks) / groups : SurelyPlaced(free, blocks);
-    const int clusters = std::min({share / blocks, placed, pairs});
-    if (clusters == 0) break;
-    const ResidentPlace place = {blocks, clusters};
-    if (cost(place) < cost(best)) best = place;
+  for (int kernels = 1; kernels < groups; ++kernels) {
+    if ((groups + kernels - 1) / kernels > kMaxGroupsOfKernel) continue;
+    std::vector<ResidentLaunch> launches = Deal(multiprocessors, kernels, pairs);
+    if (std::all_of(launches.begin(), launches.end(), none_waits_longer)) return launches;
   }
-  return best;
+  return own;
 }
 
 int SelectBlocksPerPair(int multiprocessors, int held, int pairs) {

@@ -7,6 +7,8 @@
 #ifndef CLUSTERKV_CACHE_SERVICE_RESIDENT_SHARES_H_
 #define CLUSTERKV_CACHE_SERVICE_RESIDENT_SHARES_H_
 
+#include <vector>
+
 namespace clusterkv::cache_service {
 
 // What a resident kernel has: so many thread-block clusters of so many blocks, a multiprocessor
@@ -20,10 +22,21 @@ struct ResidentPlace {
 // Groups that a device takes: each has a thread-block cluster of the largest size at least.
 int MaxResidentGroups(int multiprocessors);
 
-// The place of one of so many groups, that answers so many pairs a round. `alike`: they all do. A
-// group alone has half of the multiprocessors, or one for each pair if that is more, so that they
-// take one turn; several share all but some, equally.
-ResidentPlace PlaceOfGroup(int multiprocessors, int groups, int pairs, bool alike);
+// Groups that a kernel serves at most.
+constexpr int kMaxGroupsOfKernel = 8;
+
+// A kernel, and the groups that it serves.
+struct ResidentLaunch {
+  std::vector<int> groups;
+  ResidentPlace place;
+};
+
+// The kernels of groups that answer so many pairs a round each: group i's are pairs[i]. A kernel
+// alone has half of the multiprocessors, or one for each pair of a group if that is more, so that
+// they take one turn; several share all but some, equally. There are as few as make no group's
+// round longer than a kernel for each would, even when all groups ask at once: where they ask at
+// different times each has all of its kernel.
+std::vector<ResidentLaunch> PlaceGroups(int multiprocessors, const std::vector<int>& pairs);
 
 // Blocks per pair for a select of so many pairs while resident kernels hold `held` of the
 // multiprocessors; 0: as the select's kernel likes.

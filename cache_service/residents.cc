@@ -10,14 +10,13 @@ namespace clusterkv::cache_service {
 Residents::Pause::Pause(Residents* residents) ABSL_NO_THREAD_SAFETY_ANALYSIS
     : residents_(*residents) {
   residents_.mutex_.Lock();
-  for (ResidentKernel* kernel : residents_.all_) kernel->Stop().IgnoreError();
+  for (ResidentEnd* end : residents_.all_) end->Stop().IgnoreError();
 }
 
 Residents::Pause::~Pause() ABSL_NO_THREAD_SAFETY_ANALYSIS {
-  residents_.Hold();
-  for (ResidentKernel* kernel : residents_.all_) {
-    kernel->Start(residents_.PlaceOf(*kernel)).IgnoreError();
-  }
+  const std::vector<ResidentLaunch> launches = residents_.Launches();
+  residents_.Hold(launches);
+  for (const ResidentLaunch& launch : launches) residents_.Start(launch).IgnoreError();
   residents_.mutex_.Unlock();
 }
 
@@ -36,16 +35,20 @@ absl::Status Residents::CheckRoom() const ABSL_NO_THREAD_SAFETY_ANALYSIS {
   return absl::ResourceExhaustedError(absl::StrCat("resident: at most ", most, " groups"));
 }
 
-absl::Status Residents::Add(ResidentKernel* kernel) ABSL_NO_THREAD_SAFETY_ANALYSIS {
-  all_.push_back(kernel);
-  Hold();
-  absl::Status started = kernel->Start(PlaceOf(*kernel));
+absl::Status Residents::Add(ResidentEnd* end) ABSL_NO_THREAD_SAFETY_ANALYSIS {
+  all_.push_back(end);
+  const std::vector<ResidentLaunch> launches = Launches();
+  Hold(launches);
+  const int last = static_cast<int>(all_.size()) - 1;
+  const auto its = std::find_if(launches.begin(), launches.end(),
+                                [&](const auto& launch) { return launch.groups.back() == last; });
+  absl::Status started = Start(*its);
   if (!started.ok()) all_.pop_back();
   return started;
 }
 
-void Residents::Remove(ResidentKernel* kernel) ABSL_NO_THREAD_SAFETY_ANALYSIS {
-  all_.erase(std::remove(all_.begin(), all_.end(), kernel), all_.end());
+void Residents::Remove(ResidentEnd* end) ABSL_NO_THREAD_SAFETY_ANALYSIS {
+  all_.erase(std::remove(all_.begin(), all_.end(), end), all_.end());
 }
 
 absl::StatusOr<Residents::NcclPlace> Residents::TakeNcclPlace() {
@@ -57,16 +60,21 @@ absl::StatusOr<Residents::NcclPlace> Residents::TakeNcclPlace() {
   return NcclPlace(this);
 }
 
-ResidentPlace Residents::PlaceOf(const ResidentKernel& kernel) const {
-  const bool alike = std::all_of(all_.begin(), all_.end(), [&](const ResidentKernel* other) {
-    return other->pairs() == kernel.pairs();
-  });
-  return PlaceOfGroup(multiprocessors_, static_cast<int>(all_.size()), kernel.pairs(), alike);
+std::vector<ResidentLaunch> Residents::Launches() const {
+  std::vector<int> pairs;
+  for (const ResidentEnd* end : all_) pairs.push_back(end->pairs());
+  return PlaceGroups(multiprocessors_, pairs);
 }
 
-void Residents::Hold() {
+absl::Status Residents::Start(const ResidentLaunch& launch) {
+  std::vector<ResidentEnd*> others;
+  for (size_t i = 1; i < launch.groups.size(); ++i) others.push_back(all_[launch.groups[i]]);
+  return all_[launch.groups.front()]->Start(launch.place, others);
+}
+
+void Residents::Hold(const std::vector<ResidentLaunch>& launches) {
   int held = 0;
-  for (const ResidentKernel* kernel : all_) held += PlaceOf(*kernel).blocks();
+  for (const ResidentLaunch& launch : launches) held += launch.place.blocks();
   absl::MutexLock lock(&launch_mutex_);
   held_ = held;
 }

@@ -18,19 +18,23 @@
 
 namespace clusterkv::cache_service {
 
-class ResidentKernel {
+// The service's end of a group: a kernel serves it, perhaps together with others.
+class ResidentEnd {
  public:
-  virtual ~ResidentKernel() = default;
+  virtual ~ResidentEnd() = default;
   virtual int pairs() const = 0;  // of a round
-  // Both do nothing where there is nothing to do.
-  virtual absl::Status Start(const ResidentPlace& place) = 0;
+  // Starts a kernel that serves it and `others`, of the same class. Both do nothing where there is
+  // nothing to do.
+  virtual absl::Status Start(const ResidentPlace& place,
+                             const std::vector<ResidentEnd*>& others) = 0;
+  // Stops the kernel that serves it.
   virtual absl::Status Stop() = 0;
 };
 
 // Thread-safe.
 class Residents {
  public:
-  // Stops all while it lives, but what failed; then they go on, each with its share.
+  // Stops all while it lives, but what failed; then they go on, each in its place.
   class Pause {
    public:
     explicit Pause(Residents* residents);
@@ -58,11 +62,11 @@ class Residents {
 
   // With a Pause: whether there is room for one more. Errors: Unavailable, ResourceExhausted.
   absl::Status CheckRoom() const;
-  // With a Pause, after CheckRoom: adds a stopped one and starts it. Errors: as
-  // ResidentKernel::Start; it is not added then.
-  absl::Status Add(ResidentKernel* kernel);
+  // With a Pause, after CheckRoom: adds a stopped one and starts it. Errors: as ResidentEnd::Start;
+  // it is not added then.
+  absl::Status Add(ResidentEnd* end);
   // With a Pause: takes one out, if it is there.
-  void Remove(ResidentKernel* kernel);
+  void Remove(ResidentEnd* end);
 
   // Errors: Unavailable beside resident kernels.
   absl::StatusOr<NcclPlace> TakeNcclPlace();
@@ -76,14 +80,15 @@ class Residents {
   }
 
  private:
-  // The place of one, as many as there are.
-  ResidentPlace PlaceOf(const ResidentKernel& kernel) const ABSL_EXCLUSIVE_LOCKS_REQUIRED(mutex_);
-  // From now on selects leave room for all.
-  void Hold() ABSL_EXCLUSIVE_LOCKS_REQUIRED(mutex_);
+  // The kernels for all that there are.
+  std::vector<ResidentLaunch> Launches() const ABSL_EXCLUSIVE_LOCKS_REQUIRED(mutex_);
+  absl::Status Start(const ResidentLaunch& launch) ABSL_EXCLUSIVE_LOCKS_REQUIRED(mutex_);
+  // From now on selects leave room for those.
+  void Hold(const std::vector<ResidentLaunch>& launches) ABSL_EXCLUSIVE_LOCKS_REQUIRED(mutex_);
 
   const int multiprocessors_;
   absl::Mutex mutex_;  // held by a Pause
-  std::vector<ResidentKernel*> all_ ABSL_GUARDED_BY(mutex_);
+  std::vector<ResidentEnd*> all_ ABSL_GUARDED_BY(mutex_);
   int nccl_links_ ABSL_GUARDED_BY(mutex_) = 0;
   absl::Mutex launch_mutex_ ABSL_ACQUIRED_AFTER(mutex_);
   int held_ ABSL_GUARDED_BY(launch_mutex_) = 0;  // multiprocessors, also during a Pause

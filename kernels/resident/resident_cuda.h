@@ -63,7 +63,7 @@ constexpr int64_t kExportedBytes = 2 << 20;
 
 // Written by the resident kernel but for `stop`; in the service GPU's memory, zeroed once.
 struct ServeControl {
-  uint32_t stop;      // not 0: the kernel ends, at the latest when it has answered what it began
+  uint32_t stop;      // of the first group: not 0: the kernel ends, when it has answered what came
   uint32_t given_up;  // 1: no query came for idle_ns
   uint64_t tickets;   // pairs taken, counted over the launch
   uint64_t served;    // pairs answered, over all launches
@@ -100,16 +100,21 @@ int64_t ServeWorkspaceBytes(const ServeParams& params, int32_t* pairs_at_once = 
 // select.max_clusters is, as far as shared memory goes; 0: refused for something else.
 int32_t MostServedClusters(ServeParams params);
 
-// Starts the resident kernel on `stream`, whose work ends with it. Errors: cudaErrorInvalidValue
-// for shapes out of the ranges above, those that answer_pair.cuh does not take, or `blocks` smaller
-// than a pair's; whatever the launch reports.
-cudaError_t LaunchServe(const ServeParams& params, cudaStream_t stream);
+// Groups that one kernel serves at most.
+constexpr int32_t kMaxTogether = 8;
+// Starts a resident kernel on `stream`, whose work ends with it, for a group or for several, each
+// with a decode GPU's end of its own. All blocks work for the group that asks; of several that do,
+// for the one whose last round is longer ago. `blocks`, `idle_ns` and the blocks per pair are the
+// same in all; idle_ns is since the last queries of any. Errors: cudaErrorInvalidValue for shapes
+// out of the ranges above, those that answer_pair.cuh does not take, `blocks` smaller than a
+// pair's, too many groups; whatever the launch reports.
+cudaError_t LaunchServe(const ServeParams* groups, int32_t count, cudaStream_t stream);
 
-// Stops the kernel that runs with `control` on `stream`, and waits for its end: within a few
-// hundred microseconds, also in the middle of a round. `other`: a stream of the same device that
-// nothing waits on. To go on: `stop` back to 0, first_round = served / pairs + 1 (a round that was
-// answered in part is answered once more, to the same effect) and `served` the pairs of the rounds
-// before it. Errors: what either stream met.
+// Stops the kernel that runs on `stream`, `control` being its first group's, and waits for its end:
+// within a few hundred microseconds for each of its groups, also in the middle of a round. `other`:
+// a stream of the same device that nothing waits on. To go on, of each group: `stop` back to 0,
+// first_round = served / pairs + 1 (a round that was answered in part is answered once more, to the
+// same effect) and `served` the pairs of the rounds before it. Errors: what either stream met.
 cudaError_t StopServe(ServeControl* control, cudaStream_t stream, cudaStream_t other);
 
 // Empties the hot cache's directory of pairs [first, first + count) in all layers: their sequence

@@ -1,5 +1,9 @@
 // The service's end: a block, or a thread-block cluster of blocks, takes pairs from a queue and
 // answers one after the other. What does not depend on the queries is done before they come.
+//
+// Groups that are served together have a queue each. A cluster holds a ticket of every one, and is
+// prepared for that which is first in its order; when another's queries are there before, it
+// prepares anew. Nobody waits for another group, and all clusters work for whoever asks.
 #include <limits>
 
 #include "kernels/resident/directory.cuh"
@@ -11,6 +15,7 @@
 #ifdef CLUSTERKV_CUDA_EMULATOR
 #include <map>
 #include <mutex>
+#include <vector>
 #endif
 
 namespace clusterkv::kernels {
@@ -20,64 +25,102 @@ using namespace cuda;  // NOLINT: device helpers
 constexpr int kThreads = 512;
 constexpr int kWarps = kThreads / kWarp;
 
-struct ServePlan {
+// Of one group.
+struct GroupPlan {
   ServeParams params;
   resident::WindowLayout windows;
   AnswerPlan answer;
-  int record_bytes, clusters;  // clusters: of the grid, each answers a pair at a time
-  int own_offset;              // of Own in shared memory
+  int record_bytes;
 };
+
+// Of a kernel for one group, or for up to so many: a group alone has code and parameters without
+// what several cost.
+template <int kGroups>
+struct ServePlan {
+  int groups, blocks, clusters;  // clusters: of the grid, each answers a pair at a time
+  int own_offset;                // of Own in shared memory
+  GroupPlan of[kGroups];
+};
+static_assert(sizeof(ServePlan<kMaxTogether>) <= 4096, "a kernel's parameters");
 
 // A block's shared memory beside the answer's.
 struct Own {
   DirectoryScratch directory;
   alignas(16) int32_t positions[resident::kMaxExact];  // of the exact tokens
   const unsigned char* records[resident::kMaxExact];   // theirs
-  uint64_t ticket;
+  uint64_t tickets[kMaxTogether];                      // of each group
+  // Groups that have a ticket: what is answered first where the queries of several are there.
+  int order[kMaxTogether], held;
+  float asked;                // place in `order`; kNobody
   float came[kAnswerBlocks];  // of the cluster's blocks: 1: its queries are there
   float queries[kAnswerHeads * kAnswerDim];
 };
 constexpr uint64_t kNoTicket = ~uint64_t{0};
+constexpr int kNobody = -1;
 
 struct Ticket {
-  uint64_t round;  // of this launch, from 0
   int layer, pair;
   uint32_t flag;
 };
 
-// The next pair of the queue, the same for all blocks of the cluster; own.ticket is kNoTicket when
-// the kernel is to end.
-__device__ Ticket TakeTicket(const ServePlan& plan, int cluster, int rank, Own& own) {
-  const ServeParams& p = plan.params;
+__device__ __forceinline__ Ticket TicketOf(const GroupPlan& group, uint64_t number) {
+  const ResidentShape& s = group.params.shape;
+  const uint64_t round = group.params.first_round + number / static_cast<uint64_t>(s.pairs);
+  Ticket ticket;
+  ticket.pair = static_cast<int>(number % static_cast<uint64_t>(s.pairs));
+  ticket.flag = static_cast<uint32_t>(round);
+  ticket.layer = static_cast<int>((round - 1) % static_cast<uint64_t>(s.layers));
+  return ticket;
+}
+
+template <int kGroups>
+__device__ __forceinline__ bool IsStopped(const ServePlan<kGroups>& plan) {
+  return LoadVolatile(&plan.of[0].params.control->stop) != 0;
+}
+
+// Group g, whose last ticket is done, goes on with its round before others are asked, and behind
+// them with the next one. By one thread.
+__device__ void Reorder(const GroupPlan& group, int g, uint64_t next, Own& own) {
+  const uint64_t pairs = static_cast<uint64_t>(group.params.shape.pairs), last = own.tickets[g];
+  if (last != kNoTicket) {
+    if (next != kNoTicket && next / pairs == last / pairs) return;
+    --own.held;
+    for (int i = 0; i < own.held; ++i) own.order[i] = own.order[i + 1];
+  }
+  if (next != kNoTicket) own.order[own.held++] = g;
+}
+
+// The next pair of group g's queue, the same for all blocks of the cluster: own.tickets[g],
+// kNoTicket when the group is served no more.
+template <int kGroups>
+__device__ void TakeTicket(const ServePlan<kGroups>& plan, int g, int cluster, int rank, Own& own) {
+  const ServeParams& p = plan.of[g].params;
   uint64_t* tickets = static_cast<uint64_t*>(p.workspace);
+  uint64_t ticket = kNoTicket;
   __syncthreads();
   if (threadIdx.x == 0 && rank == 0) {
     // What the last pair's answer left in memory is for whoever takes a later one.
     __threadfence();
-    const bool stop = LoadVolatile(&p.control->stop) != 0;
+    const bool stop = IsStopped(plan);
     const uint64_t next =
         atomicAdd(reinterpret_cast<unsigned long long*>(&p.control->tickets), 1ull);
-    own.ticket = stop ? kNoTicket : next;
-    tickets[cluster] = own.ticket;
+    const bool last = p.rounds > 0 && next >= p.rounds * static_cast<uint64_t>(p.shape.pairs);
+    ticket = stop || last ? kNoTicket : next;
+    tickets[cluster] = ticket;
     __threadfence();
   }
-  ClusterSync(plan.answer.blocks);
-  if (threadIdx.x == 0 && rank != 0) {
-    own.ticket = *static_cast<const volatile uint64_t*>(tickets + cluster);
+  ClusterSync(plan.blocks);
+  if (threadIdx.x == 0) {
+    if (rank != 0) ticket = *static_cast<const volatile uint64_t*>(tickets + cluster);
+    if constexpr (kGroups > 1) Reorder(plan.of[g], g, ticket, own);
+    own.tickets[g] = ticket;
   }
   __syncthreads();
-  Ticket ticket;
-  ticket.round = own.ticket / static_cast<uint64_t>(p.shape.pairs);
-  ticket.pair = static_cast<int>(own.ticket % static_cast<uint64_t>(p.shape.pairs));
-  const uint64_t number = p.first_round + ticket.round;
-  ticket.flag = static_cast<uint32_t>(number);
-  ticket.layer = static_cast<int>((number - 1) % static_cast<uint64_t>(p.shape.layers));
-  return ticket;
 }
 
 // Asks for what an answer will read, into the second cache: the block's share of the centroids,
 // then of the value means, as far as prefetch_bytes go.
-__device__ void Prefetch(const ServePlan& plan, const SelectCudaPair& pair, int rank) {
+__device__ void Prefetch(const GroupPlan& plan, const SelectCudaPair& pair, int rank) {
 #ifdef CLUSTERKV_CUDA_EMULATOR
   (void)plan;
   (void)pair;
@@ -122,23 +165,84 @@ __device__ bool Agree(bool mine, int blocks, int rank, Own& own) {
   return all;
 }
 
+// Whether to wait no longer for queries of the group, after `since`.
+template <int kGroups>
+__device__ __forceinline__ bool GivesUp(const ServePlan<kGroups>& plan, const ServeParams& p,
+                                        uint64_t since) {
+  if (IsStopped(plan)) return true;
+  if (p.idle_ns == 0 || DeviceNanoseconds() - since < p.idle_ns) return false;
+  p.control->given_up = 1;
+  return true;
+}
+
+// The first place in own.order whose queries are there; kNobody: the kernel is to end. By one warp.
+template <int kGroups>
+__device__ int FindAsked(const ServePlan<kGroups>& plan, const Own& own) {
+  const int lane = static_cast<int>(threadIdx.x) % kWarp, held = own.held;
+  const int g = lane < held ? own.order[lane] : own.order[0];
+  const GroupPlan& group = plan.of[g];
+  const Ticket ticket = TicketOf(group, own.tickets[g]);
+  const uint4* lines = group.windows.Queries(group.params.requests, ticket.pair);
+  const uint64_t since = DeviceNanoseconds();
+  const auto has = [](const uint4* line, uint32_t flag) {
+    uint32_t words[2];
+    return LoadLine(line, flag, &words[0], &words[1]);
+  };
+  int found = kNobody;
+  (void)Poll(
+      [&] {
+        uint32_t begun = __ballot_sync(kFullMask, lane < held && has(lines, ticket.flag));
+        for (; begun != 0 && found == kNobody; begun &= begun - 1) {
+          const int place = __ffs(static_cast<int>(begun)) - 1;
+          const uint4* its = reinterpret_cast<const uint4*>(
+              ShuffleAddress(reinterpret_cast<const unsigned char*>(lines), place));
+          const uint32_t flag = __shfl_sync(kFullMask, ticket.flag, place);
+          const int count = __shfl_sync(kFullMask, group.windows.query_lines, place);
+          bool all = true;
+          for (int i = lane; i < count; i += kWarp) all = has(its + i, flag) && all;
+          if (__all_sync(kFullMask, all)) found = place;
+        }
+        return found != kNobody;
+      },
+      [&] { return __any_sync(kFullMask, lane < held && GivesUp(plan, group.params, since)); });
+  return found;
+}
+
+// Waits for the queries of any group, which is the first in own.order then. False: the kernel is to
+// end.
+template <int kGroups>
+__device__ bool AwaitGroup(const ServePlan<kGroups>& plan, int rank, Own& own) {
+  const int lane = static_cast<int>(threadIdx.x);
+  if (rank == 0 && lane < kWarp) {
+    const int asked = FindAsked(plan, own);
+    if (lane < plan.blocks) StoreToBlock(&own.asked, lane, static_cast<float>(asked));
+  }
+  ClusterSync(plan.blocks);
+  const int asked = static_cast<int>(own.asked);
+  if (asked <= 0) return asked == 0;
+  if (threadIdx.x == 0) {
+    const int g = own.order[asked];
+    for (int i = asked; i > 0; --i) own.order[i] = own.order[i - 1];
+    own.order[0] = g;
+  }
+  ClusterSync(plan.blocks);
+  return true;
+}
+
 // Waits for the pair's queries and leaves them as floats in own.queries. False: the kernel is to
 // end.
-__device__ bool AwaitQueries(const ServePlan& plan, const Ticket& ticket, int rank, Own& own) {
-  const ServeParams& p = plan.params;
+template <int kGroups>
+__device__ bool AwaitQueries(const ServePlan<kGroups>& plan, const GroupPlan& group,
+                             const Ticket& ticket, int rank, Own& own) {
+  const ServeParams& p = group.params;
   const ResidentShape& s = p.shape;
-  const uint4* lines = plan.windows.Queries(p.requests, ticket.pair);
+  const uint4* lines = group.windows.Queries(p.requests, ticket.pair);
   const uint64_t since = DeviceNanoseconds();
   bool came = true;
-  for (int i = threadIdx.x; came && i < plan.windows.query_lines; i += kThreads) {
+  for (int i = threadIdx.x; came && i < group.windows.query_lines; i += kThreads) {
     uint32_t word[2] = {0, 0};
     came = Poll([&] { return LoadLine(lines + i, ticket.flag, &word[0], &word[1]); },
-                [&] {
-                  if (LoadVolatile(&p.control->stop) != 0) return true;
-                  if (p.idle_ns == 0 || DeviceNanoseconds() - since < p.idle_ns) return false;
-                  p.control->given_up = 1;
-                  return true;
-                });
+                [&] { return GivesUp(plan, p, since); });
     for (int j = 0; j < 2; ++j) {
       if (s.query_type == ElementType::kFloat32) {
         own.queries[2 * i + j] = __uint_as_float(word[j]);
@@ -148,12 +252,12 @@ __device__ bool AwaitQueries(const ServePlan& plan, const Ticket& ticket, int ra
       }
     }
   }
-  return Agree(__syncthreads_count(came) == kThreads, plan.answer.blocks, rank, own);
+  return Agree(__syncthreads_count(came) == kThreads, plan.blocks, rank, own);
 }
 
 // What becomes of an answer (PairAnswer::Answer).
 struct Sender {
-  const ServePlan& plan;
+  const GroupPlan& plan;
   const Ticket& ticket;
   const SelectCudaPair& pair;
   resident::DirectoryEntry before;  // the thread's entry of the directory
@@ -263,30 +367,61 @@ struct Sender {
   }
 };
 
-__global__ void __launch_bounds__(kThreads, 1) ServeKernel(const __grid_constant__ ServePlan plan) {
-  const ServeParams& p = plan.params;
+// x, the same in all lanes, as the compiler then knows: what it is an index of comes by way of
+// uniform registers, as with an index that is constant.
+__device__ __forceinline__ int Uniform(int x) {
+#ifdef CLUSTERKV_CUDA_EMULATOR
+  return x;
+#else
+  return __reduce_max_sync(kFullMask, x);
+#endif
+}
+
+template <int kGroups>
+__global__ void __launch_bounds__(kThreads, 1)
+    ServeKernel(const __grid_constant__ ServePlan<kGroups> plan) {
+  constexpr bool kTogether = kGroups > 1;
   Own& own = *reinterpret_cast<Own*>(SharedMemory() + plan.own_offset);
-  const int blocks = plan.answer.blocks;
+  const int blocks = plan.blocks;
   const int cluster = static_cast<int>(blockIdx.x) / blocks;
   const int rank = static_cast<int>(blockIdx.x) % blocks;
-  for (;;) {
-    const Ticket ticket = TakeTicket(plan, cluster, rank, own);
-    if (own.ticket == kNoTicket) return;
-    if (p.rounds > 0 && ticket.round >= p.rounds) return;
+  if constexpr (kTogether) {
+    if (threadIdx.x == 0) {
+      own.held = 0;
+      for (int g = 0; g < plan.groups; ++g) own.tickets[g] = kNoTicket;
+    }
+    for (int g = 0; g < plan.groups; ++g) TakeTicket(plan, g, cluster, rank, own);
+  }
+  for (bool takes = !kTogether;;) {  // whether the last ticket is done
+    if (takes) TakeTicket(plan, kTogether ? own.order[0] : 0, cluster, rank, own);
+    if (kTogether ? own.held == 0 : own.tickets[0] == kNoTicket) return;
+    const int g = kTogether ? Uniform(own.order[0]) : 0;
+    const GroupPlan& group = plan.of[g];
+    const ServeParams& p = group.params;
+    const Ticket ticket = TicketOf(group, own.tickets[g]);
     const int64_t row = int64_t{ticket.layer} * p.shape.pairs + ticket.pair;
     const SelectCudaPair& pair = p.pairs[row];
-    PairAnswer<kThreads> answer(plan.answer, 0, rank);
+    PairAnswer<kThreads> answer(group.answer, 0, rank);
     answer.Begin(pair);
-    Prefetch(plan, pair, rank);
-    if (!AwaitQueries(plan, ticket, rank, own)) return;
+    Prefetch(group, pair, rank);
+    if constexpr (kTogether) {
+      if (!AwaitGroup(plan, rank, own)) return;
+      if (own.order[0] != g) {
+        answer.Abandon();
+        takes = false;
+        continue;
+      }
+    }
+    if (!AwaitQueries(plan, group, ticket, rank, own)) return;
     resident::DirectoryEntry before = {-1, -1};
     if (rank == blocks - 1 && static_cast<int>(threadIdx.x) < p.shape.slots) {
       before = static_cast<const resident::DirectoryEntry*>(
           p.directory)[row * p.shape.slots + threadIdx.x];
     }
-    Sender sender = {plan, ticket, pair, before, own};
+    Sender sender = {group, ticket, pair, before, own};
     answer.PrepareQueries(own.queries);
     answer.Answer(sender);
+    takes = true;
   }
 }
 
@@ -300,13 +435,14 @@ __global__ void ForgetKernel(resident::DirectoryEntry* directory, int pairs, int
 
 // Clusters that the device can run at once: what is launched beyond them would only start when
 // others end.
+template <int kGroups>
 int ServeClusters(int blocks) {
   static KnownClusters known;
-  return ResidentClusters(ReadLimits(), reinterpret_cast<const void*>(&ServeKernel), kThreads,
-                          blocks, known);
+  return ResidentClusters(ReadLimits(), reinterpret_cast<const void*>(&ServeKernel<kGroups>),
+                          kThreads, blocks, known);
 }
 
-bool MakeServePlan(const ServeParams& p, ServePlan* plan) {
+bool MakeGroupPlan(const ServeParams& p, GroupPlan* plan) {
   const ResidentShape& s = p.shape;
   const int blocks = p.select.blocks_per_pair;
   if (!resident::ValidShape(s) || s.query_type == ElementType::kFloat16 ||
@@ -315,15 +451,31 @@ bool MakeServePlan(const ServeParams& p, ServePlan* plan) {
     return false;
   }
   constexpr int64_t kOwnBytes = (sizeof(Own) + 15) / 16 * 16;
-  if (!MakeAnswerPlan(p.select, blocks, kThreads, ReadLimits().shared_bytes - kOwnBytes,
-                      &plan->answer)) {
-    return false;
-  }
   plan->params = p;
   plan->windows = resident::MakeWindowLayout(s);
   plan->record_bytes = resident::RecordBytes(s);
-  plan->own_offset = (plan->answer.shared_bytes + 15) / 16 * 16;
-  plan->clusters = min(min(p.blocks / blocks, s.layers * s.pairs), ServeClusters(blocks));
+  return MakeAnswerPlan(p.select, blocks, kThreads, ReadLimits().shared_bytes - kOwnBytes,
+                        &plan->answer);
+}
+
+template <int kGroups>
+bool MakeServePlan(const ServeParams* groups, int count, ServePlan<kGroups>* plan) {
+  if (count < 1 || count > kGroups) return false;
+  const ServeParams& first = groups[0];
+  plan->groups = count;
+  plan->blocks = first.select.blocks_per_pair;
+  plan->clusters = std::numeric_limits<int>::max();
+  for (int g = 0; g < count; ++g) {
+    const ServeParams& p = groups[g];
+    if (p.select.blocks_per_pair != plan->blocks || p.blocks != first.blocks ||
+        p.idle_ns != first.idle_ns || !MakeGroupPlan(p, &plan->of[g])) {
+      return false;
+    }
+    plan->clusters = min(plan->clusters, p.shape.layers * p.shape.pairs);
+    plan->own_offset = max(plan->own_offset, (plan->of[g].answer.shared_bytes + 15) / 16 * 16);
+  }
+  plan->clusters =
+      min(plan->clusters, min(first.blocks / plan->blocks, ServeClusters<kGroups>(plan->blocks)));
   return plan->clusters > 0;
 }
 
@@ -335,8 +487,8 @@ int64_t DirectoryBytes(const ResidentShape& shape) {
 }
 
 int64_t ServeWorkspaceBytes(const ServeParams& params, int32_t* pairs_at_once) {
-  ServePlan plan = {};
-  const bool valid = MakeServePlan(params, &plan);
+  ServePlan<1> plan = {};
+  const bool valid = MakeServePlan(&params, 1, &plan);
   if (pairs_at_once != nullptr) *pairs_at_once = valid ? plan.clusters : 0;
   return valid ? resident::RoundUp(int64_t{plan.clusters} * 8) : 0;
 }
@@ -344,29 +496,40 @@ int64_t ServeWorkspaceBytes(const ServeParams& params, int32_t* pairs_at_once) {
 int32_t MostServedClusters(ServeParams params) {
   int32_t most = 0, refused = std::numeric_limits<uint16_t>::max() + 1;
   while (refused - most > 1) {
-    ServePlan plan = {};
+    ServePlan<1> plan = {};
     params.select.max_clusters = most + (refused - most) / 2;
-    (MakeServePlan(params, &plan) ? most : refused) = params.select.max_clusters;
+    (MakeServePlan(&params, 1, &plan) ? most : refused) = params.select.max_clusters;
   }
   return most;
 }
 
 namespace {
 
-cudaError_t LaunchPlan(const ServePlan& plan, cudaStream_t stream) {
-  ServeControl* const control = plan.params.control;
-  CKV_RETURN_IF_CUDA_ERROR(cudaMemsetAsync(&control->tickets, 0, sizeof(control->tickets), stream));
-  return cuda::Launch(ServeKernel, dim3(static_cast<unsigned>(plan.clusters * plan.answer.blocks)),
-                      dim3(kThreads), static_cast<size_t>(plan.own_offset) + sizeof(Own),
-                      plan.answer.blocks, stream, plan);
+template <int kGroups>
+cudaError_t LaunchGroups(const ServeParams* groups, int count, cudaStream_t stream) {
+  ServePlan<kGroups> plan = {};
+  if (!MakeServePlan(groups, count, &plan)) return cudaErrorInvalidValue;
+  for (int g = 0; g < count; ++g) {
+    uint64_t* const tickets = &groups[g].control->tickets;
+    CKV_RETURN_IF_CUDA_ERROR(cudaMemsetAsync(tickets, 0, sizeof(*tickets), stream));
+  }
+  return cuda::Launch(ServeKernel<kGroups>,
+                      dim3(static_cast<unsigned>(plan.clusters * plan.blocks)), dim3(kThreads),
+                      static_cast<size_t>(plan.own_offset) + sizeof(Own), plan.blocks, stream,
+                      plan);
+}
+
+cudaError_t Launch(const ServeParams* groups, int count, cudaStream_t stream) {
+  return count == 1 ? LaunchGroups<1>(groups, count, stream)
+                    : LaunchGroups<kMaxTogether>(groups, count, stream);
 }
 
 #ifdef CLUSTERKV_CUDA_EMULATOR
-// Kernels that run until they are stopped. Here kernels run one after the other: these run for a
-// round whenever a decode GPU has asked (resident::ServeEmulated).
+// Kernels that run until they are stopped, by what stops them. Here kernels run one after the
+// other: these run for a round of each group that has asked (resident::ServeEmulated).
 struct Emulated {
   std::mutex mutex;
-  std::map<const ServeControl*, ServePlan> running;
+  std::map<const ServeControl*, std::vector<ServeParams>> running;
 };
 Emulated& TheEmulated() {
   static Emulated emulated;
@@ -380,25 +543,28 @@ Emulated& TheEmulated() {
 void resident::ServeEmulated() {
   Emulated& emulated = TheEmulated();
   const std::lock_guard<std::mutex> lock(emulated.mutex);
-  for (auto& [control, plan] : emulated.running) {
-    plan.params.first_round = control->served / static_cast<uint64_t>(plan.params.shape.pairs) + 1;
-    plan.params.rounds = 1;
-    (void)LaunchPlan(plan, nullptr);
+  for (auto& [first, groups] : emulated.running) {
+    (void)first;
+    for (ServeParams& p : groups) {
+      p.first_round = p.control->served / static_cast<uint64_t>(p.shape.pairs) + 1;
+      p.rounds = 1;
+    }
+    (void)Launch(groups.data(), static_cast<int>(groups.size()), nullptr);
   }
 }
 #endif
 
-cudaError_t LaunchServe(const ServeParams& params, cudaStream_t stream) {
-  ServePlan plan = {};
-  if (!MakeServePlan(params, &plan)) return cudaErrorInvalidValue;
+cudaError_t LaunchServe(const ServeParams* groups, int32_t count, cudaStream_t stream) {
 #ifdef CLUSTERKV_CUDA_EMULATOR
-  if (params.rounds == 0) {
+  if (count > 0 && groups[0].rounds == 0) {
+    ServePlan<kMaxTogether> plan = {};
+    if (!MakeServePlan(groups, count, &plan)) return cudaErrorInvalidValue;
     const std::lock_guard<std::mutex> lock(TheEmulated().mutex);
-    TheEmulated().running[params.control] = plan;
+    TheEmulated().running[groups[0].control].assign(groups, groups + count);
     return cudaSuccess;
   }
 #endif
-  return LaunchPlan(plan, stream);
+  return Launch(groups, count, stream);
 }
 
 cudaError_t StopServe(ServeControl* control, cudaStream_t stream, cudaStream_t other) {

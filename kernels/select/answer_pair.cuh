@@ -233,6 +233,8 @@ class PairAnswer {
   // Everything that the queries are not needed for: asks for the first centroids, reads sizes. A
   // resident kernel calls it before the queries are there.
   __device__ __forceinline__ void Begin(const SelectCudaPair& pair);
+  // Instead of all that follows: another object may begin.
+  __device__ __forceinline__ void Abandon() const { CopyAsyncWait<0>(); }
   // [group, 128].
   __device__ __forceinline__ void PrepareQueries(const float* queries);
   // Answers: row `row` of `out`. The results are written when all threads of all blocks have

@@ -1,4 +1,4 @@
-// Who runs beside whom, with kernels that only note what they were told.
+// Who runs beside whom, with ends that only note what they were told.
 #include "cache_service/residents.h"
 
 #include <gmock/gmock.h>
@@ -13,38 +13,46 @@ namespace {
 
 constexpr int kMultiprocessors = 132;
 
-class NotingKernel : public ResidentKernel {
+class NotingEnd : public ResidentEnd {
  public:
-  explicit NotingKernel(int pairs) : pairs_(pairs) {}
+  explicit NotingEnd(int pairs) : pairs_(pairs) {}
   int pairs() const override { return pairs_; }
-  absl::Status Start(const ResidentPlace& place) override {
-    if (!start_.ok()) return start_;
-    if (blocks_ == 0) blocks_ = place.blocks();
+  absl::Status Start(const ResidentPlace& place, const std::vector<ResidentEnd*>& others) override {
+    if (first_ != nullptr) return absl::OkStatus();
+    std::vector<NotingEnd*> all = {this};
+    for (ResidentEnd* other : others) all.push_back(static_cast<NotingEnd*>(other));
+    for (const NotingEnd* end : all) {
+      if (!end->start_.ok()) return end->start_;
+    }
+    for (NotingEnd* end : all) end->first_ = this;
+    blocks_ = place.blocks();
     return absl::OkStatus();
   }
   absl::Status Stop() override {
-    blocks_ = 0;
+    first_ = nullptr;
     return absl::OkStatus();
   }
-  int blocks() const { return blocks_; }  // 0: stopped
+  int blocks() const { return first_ == nullptr ? 0 : first_->blocks_; }  // 0: stopped
+  const NotingEnd* first() const { return first_; }                       // of its kernel
   void FailToStart() { start_ = absl::InternalError("no"); }
 
  private:
   const int pairs_;
   int blocks_ = 0;
+  NotingEnd* first_ = nullptr;
   absl::Status start_;
 };
 
 class ResidentsTest : public ::testing::Test {
  protected:
-  absl::Status Add(NotingKernel& kernel) {
+  absl::Status Add(NotingEnd& end) {
     const Residents::Pause pause(&residents_);
     absl::Status room = residents_.CheckRoom();
-    return room.ok() ? residents_.Add(&kernel) : room;
+    return room.ok() ? residents_.Add(&end) : room;
   }
-  void Remove(NotingKernel& kernel) {
+  void Remove(NotingEnd& end) {
     const Residents::Pause pause(&residents_);
-    residents_.Remove(&kernel);
+    residents_.Remove(&end);
   }
   int BlocksPerPair(int pairs) {
     return residents_.LaunchSelect(pairs, [](int blocks) { return blocks; });
@@ -54,19 +62,36 @@ class ResidentsTest : public ::testing::Test {
 };
 
 TEST_F(ResidentsTest, SharesAreEqualAndGrowWhenOneGoes) {
-  NotingKernel a(128), b(128);
+  NotingEnd a(8), b(8), c(8);
+  ASSERT_TRUE(Add(a).ok() && Add(b).ok());
+  EXPECT_NE(a.first(), b.first());
+  const int of_two = a.blocks();
+  EXPECT_EQ(b.blocks(), of_two);
+  ASSERT_TRUE(Add(c).ok());
+  EXPECT_LT(a.blocks(), of_two);
+  Remove(c);
+  EXPECT_EQ(a.blocks(), of_two);
+  EXPECT_EQ(c.blocks(), 0);
+}
+
+TEST_F(ResidentsTest, OneKernelServesWhatDoesNotFitBesideEachOther) {
+  NotingEnd a(128), b(128);
   ASSERT_TRUE(Add(a).ok());
   EXPECT_EQ(a.blocks(), 128);
+  const int beside_one = BlocksPerPair(1);
   ASSERT_TRUE(Add(b).ok());
-  EXPECT_EQ(a.blocks(), 64);
-  EXPECT_EQ(b.blocks(), 64);
-  Remove(b);
+  EXPECT_EQ(a.first(), &a);
+  EXPECT_EQ(b.first(), &a);
   EXPECT_EQ(a.blocks(), 128);
-  EXPECT_EQ(b.blocks(), 0);
+  EXPECT_EQ(BlocksPerPair(1), beside_one);
+  Remove(a);
+  EXPECT_EQ(a.first(), nullptr);
+  EXPECT_EQ(b.first(), &b);
+  EXPECT_EQ(b.blocks(), 128);
 }
 
 TEST_F(ResidentsTest, AllStandStillDuringAPause) {
-  NotingKernel a(8), b(8);
+  NotingEnd a(8), b(8);
   ASSERT_TRUE(Add(a).ok() && Add(b).ok());
   {
     const Residents::Pause pause(&residents_);
@@ -78,7 +103,7 @@ TEST_F(ResidentsTest, AllStandStillDuringAPause) {
 
 TEST_F(ResidentsTest, SelectsAskForFewerBlocksBesideGroups) {
   EXPECT_EQ(BlocksPerPair(8), 0);
-  NotingKernel a(66), b(66);
+  NotingEnd a(64), b(64);
   ASSERT_TRUE(Add(a).ok());
   const int beside_one = BlocksPerPair(8);
   EXPECT_GT(beside_one, 0);
@@ -90,21 +115,21 @@ TEST_F(ResidentsTest, SelectsAskForFewerBlocksBesideGroups) {
 }
 
 TEST_F(ResidentsTest, NcclAndGroupsExcludeEachOther) {
-  NotingKernel kernel(8);
+  NotingEnd end(8);
   {
     absl::StatusOr<Residents::NcclPlace> place = residents_.TakeNcclPlace();
     ASSERT_TRUE(place.ok());
     const Residents::NcclPlace moved = *std::move(place);
-    EXPECT_TRUE(absl::IsUnavailable(Add(kernel)));
+    EXPECT_TRUE(absl::IsUnavailable(Add(end)));
   }
-  ASSERT_TRUE(Add(kernel).ok());
+  ASSERT_TRUE(Add(end).ok());
   EXPECT_TRUE(absl::IsUnavailable(residents_.TakeNcclPlace().status()));
-  Remove(kernel);
+  Remove(end);
   EXPECT_TRUE(residents_.TakeNcclPlace().ok());
 }
 
 TEST_F(ResidentsTest, OneThatDoesNotStartIsNotAdded) {
-  NotingKernel a(128), b(128);
+  NotingEnd a(128), b(128);
   ASSERT_TRUE(Add(a).ok());
   b.FailToStart();
   EXPECT_TRUE(absl::IsInternal(Add(b)));
@@ -112,11 +137,11 @@ TEST_F(ResidentsTest, OneThatDoesNotStartIsNotAdded) {
 }
 
 TEST_F(ResidentsTest, NoMoreGroupsThanHavePlaces) {
-  std::vector<std::unique_ptr<NotingKernel>> kernels;
+  std::vector<std::unique_ptr<NotingEnd>> ends;
   for (int i = 0; i < MaxResidentGroups(kMultiprocessors); ++i) {
-    ASSERT_TRUE(Add(*kernels.emplace_back(std::make_unique<NotingKernel>(8))).ok());
+    ASSERT_TRUE(Add(*ends.emplace_back(std::make_unique<NotingEnd>(8))).ok());
   }
-  NotingKernel last(8);
+  NotingEnd last(8);
   EXPECT_TRUE(absl::IsResourceExhausted(Add(last)));
 }
 

@@ -9,6 +9,7 @@
 #include <vector>
 
 #include "kernels/resident/resident_cuda.h"
+#include "kernels/resident/windows.h"
 #include "kernels/select/select_cuda.h"
 #include "tests/gpu/gpu_test.h"
 #include "tests/gpu/index_on_device.h"
@@ -27,6 +28,8 @@ using kernels::StepParams;
 constexpr int kLayers = 2;
 constexpr int kMaxWindow = 37;
 constexpr uint64_t kPatience = 5'000'000'000;
+// Of tokens last used in the same round any may go first: the cache may differ a little.
+constexpr double kPushedTolerance = 0.03;
 
 uint16_t BFloat16Of(float x) {
   uint32_t bits;
@@ -67,9 +70,19 @@ class ResidentCase {
     MakeRows();
   }
 
-  // Steps of a random walk of queries from the case's own. `together`: both ends run at once, else
+  // Steps of a random walk of queries from the case's own. `at_once`: both ends run at once, else
   // one after the other, as an emulator must.
-  void Run(int blocks_per_pair, int blocks, int steps, bool together);
+  void Run(int blocks_per_pair, int blocks, int steps, bool at_once);
+
+  struct Ends;
+  std::unique_ptr<Ends> MakeEnds(int blocks_per_pair, int blocks, int steps);
+  // All rounds; waits for their end.
+  void RunRounds(int steps, bool at_once, Ends& ends) const;
+  // A part of round i, counted from 0.
+  void LaunchRound(int i, kernels::StepPart part, Ends& ends, cudaStream_t stream) const;
+  std::vector<float> Floats(const DeviceArray<unsigned char>& output) const;
+  void CompareOutput(const std::string& label, const std::vector<float>& want,
+                     const DeviceArray<unsigned char>& output) const;
 
  private:
   int Numbers() const { return shape_.pairs * shape_.group * shape_.head_dim; }
@@ -109,13 +122,9 @@ class ResidentCase {
     return next;
   }
 
-  struct Ends;
   void MakePairs(int steps, Ends& ends) const;
   void MakeParams(int blocks_per_pair, int blocks, Ends& ends) const;
   void MakeQueries(int steps, Ends& ends);
-  void RunRounds(int steps, bool together, Ends& ends) const;
-  void CompareOutput(const std::string& label, const std::vector<float>& want,
-                     const DeviceArray<unsigned char>& output) const;
   void CompareSelection(const std::string& label, int layer, const Selected& selected,
                         const Ends& ends) const;
   Selected Select(const std::vector<float>& queries);
@@ -241,6 +250,25 @@ int64_t ResidentCase::Misses(int layer, const Selected& selected) {
   return misses;
 }
 
+// Their work has ended when they go.
+class Streams {
+ public:
+  explicit Streams(int count) : streams_(static_cast<size_t>(count)) {
+    for (cudaStream_t& stream : streams_) {
+      GPU_OK(cudaStreamCreateWithPriority(&stream, cudaStreamNonBlocking, 0));
+    }
+  }
+  Streams(const Streams&) = delete;
+  ~Streams() {
+    GPU_OK(cudaDeviceSynchronize());
+    for (cudaStream_t stream : streams_) GPU_OK(cudaStreamDestroy(stream));
+  }
+  cudaStream_t operator[](int i) const { return streams_[static_cast<size_t>(i)]; }
+
+ private:
+  std::vector<cudaStream_t> streams_;
+};
+
 // Memory of both ends on one device, for so many steps.
 struct ResidentCase::Ends {
   DeviceArray<unsigned char> requests, replies, cache, directory;
@@ -280,6 +308,24 @@ struct ResidentCase::Ends {
     std::vector<int64_t> tokens(steps);
     for (int i = 1; i < steps; ++i) tokens[i] = 1 + (17 * i) % kMaxWindow;
     return tokens;
+  }
+  // Exact tokens of the last rounds, ascending: [layers * pairs].
+  std::vector<std::vector<int32_t>> Chosen() const {
+    const auto counts = exact_count.Host(), all = positions.Host();
+    std::vector<std::vector<int32_t>> chosen;
+    for (size_t row = 0; row < counts.size(); ++row) {
+      const auto begin = all.begin() + static_cast<int64_t>(row) * serve.shape.max_exact;
+      chosen.emplace_back(begin, begin + counts[row]);
+      std::sort(chosen.back().begin(), chosen.back().end());
+    }
+    return chosen;
+  }
+  // As they came in the last round.
+  std::vector<unsigned char> StateLines() const {
+    const auto layout = kernels::resident::MakeWindowLayout(serve.shape);
+    const auto all = replies.Host();
+    const auto begin = all.begin() + layout.entries_bytes;
+    return {begin, begin + int64_t{16} * layout.state_lines * serve.shape.pairs};
   }
   bool GuardsHold() const {
     return requests.GuardsHold() && replies.GuardsHold() && cache.GuardsHold() &&
@@ -373,54 +419,63 @@ void ResidentCase::MakeQueries(int steps, Ends& ends) {
   }
 }
 
-// All rounds; waits for their end.
-void ResidentCase::RunRounds(int steps, bool together, Ends& ends) const {
-  cudaStream_t streams[2];
-  for (cudaStream_t& stream : streams) {
-    GPU_OK(cudaStreamCreateWithPriority(&stream, cudaStreamNonBlocking, 0));
-  }
+std::unique_ptr<ResidentCase::Ends> ResidentCase::MakeEnds(int blocks_per_pair, int blocks,
+                                                           int steps) {
+  auto ends = std::make_unique<Ends>(*this, steps);
+  MakePairs(steps, *ends);
+  MakeParams(blocks_per_pair, blocks, *ends);
+  MakeQueries(steps, *ends);
   GPU_OK(cudaDeviceSynchronize());
-  ends.serve.rounds = together ? static_cast<uint64_t>(steps) * kLayers : 1;
-  if (together) GPU_OK(kernels::LaunchServe(ends.serve, streams[1]));
+  return ends;
+}
+
+void ResidentCase::LaunchRound(int i, kernels::StepPart part, Ends& ends,
+                               cudaStream_t stream) const {
+  const int layer = i % kLayers;
+  ends.step.pairs = ends.step_pairs[i / kLayers].data();
+  GPU_OK(kernels::LaunchStep(ends.step, layer, part, ends.device_queries[i].data(),
+                             ends.outputs[i].data(), nullptr, stream));
+  if ((part & kernels::kStepAttend) != 0 && layer == kLayers - 1) {
+    GPU_OK(kernels::LaunchEndStep(shape_, ends.rounds.data(), stream));
+  }
+}
+
+void ResidentCase::RunRounds(int steps, bool at_once, Ends& ends) const {
+  Streams streams(2);
+  ends.serve.rounds = at_once ? static_cast<uint64_t>(steps) * kLayers : 1;
+  if (at_once) GPU_OK(kernels::LaunchServe(&ends.serve, 1, streams[1]));
   for (int i = 0; i < steps * kLayers; ++i) {
-    ends.step.pairs = ends.step_pairs[i / kLayers].data();
-    const int layer = i % kLayers;
-    const auto launch = [&](kernels::StepPart part) {
-      GPU_OK(kernels::LaunchStep(ends.step, layer, part, ends.device_queries[i].data(),
-                                 ends.outputs[i].data(), nullptr, streams[0]));
-    };
-    if (together) {
-      launch(kernels::kStepWhole);
-    } else {
-      launch(kernels::kStepAsk);
-      GPU_OK(cudaStreamSynchronize(streams[0]));
-      ends.serve.first_round = static_cast<uint64_t>(i) + 1;
-      GPU_OK(kernels::LaunchServe(ends.serve, streams[1]));
-      GPU_OK(cudaStreamSynchronize(streams[1]));
-      launch(kernels::kStepAttend);
+    if (at_once) {
+      LaunchRound(i, kernels::kStepWhole, ends, streams[0]);
+      continue;
     }
-    if (layer == kLayers - 1) {
-      GPU_OK(kernels::LaunchEndStep(shape_, ends.rounds.data(), streams[0]));
+    LaunchRound(i, kernels::kStepAsk, ends, streams[0]);
+    GPU_OK(cudaStreamSynchronize(streams[0]));
+    ends.serve.first_round = static_cast<uint64_t>(i) + 1;
+    GPU_OK(kernels::LaunchServe(&ends.serve, 1, streams[1]));
+    GPU_OK(cudaStreamSynchronize(streams[1]));
+    LaunchRound(i, kernels::kStepAttend, ends, streams[0]);
+  }
+}
+
+std::vector<float> ResidentCase::Floats(const DeviceArray<unsigned char>& output) const {
+  const auto bytes = output.Host();
+  std::vector<float> floats(Numbers());
+  for (size_t j = 0; j < floats.size(); ++j) {
+    if (shape_.query_type == ElementType::kFloat32) {
+      std::memcpy(&floats[j], bytes.data() + 4 * j, 4);
+    } else {
+      uint16_t half;
+      std::memcpy(&half, bytes.data() + 2 * j, 2);
+      floats[j] = OfBFloat16(half);
     }
   }
-  GPU_OK(cudaDeviceSynchronize());
-  for (cudaStream_t stream : streams) GPU_OK(cudaStreamDestroy(stream));
+  return floats;
 }
 
 void ResidentCase::CompareOutput(const std::string& label, const std::vector<float>& want,
                                  const DeviceArray<unsigned char>& output) const {
-  const auto bytes = output.Host();
-  std::vector<float> got(want.size());
-  for (size_t j = 0; j < got.size(); ++j) {
-    if (shape_.query_type == ElementType::kFloat32) {
-      std::memcpy(&got[j], bytes.data() + 4 * j, 4);
-    } else {
-      uint16_t half;
-      std::memcpy(&half, bytes.data() + 2 * j, 2);
-      got[j] = OfBFloat16(half);
-    }
-  }
-  const double error = RelativeError(got, want);
+  const double error = RelativeError(Floats(output), want);
   // A bf16 output is rounded by up to 2^-9 of each number.
   const double allowed = shape_.query_type == ElementType::kFloat32 ? 2e-4 : 4e-3;
   GPU_CHECK(error <= allowed) << label << ": error " << error << "\n";
@@ -428,25 +483,20 @@ void ResidentCase::CompareOutput(const std::string& label, const std::vector<flo
 
 void ResidentCase::CompareSelection(const std::string& label, int layer, const Selected& selected,
                                     const Ends& ends) const {
-  const auto counts = ends.exact_count.Host(), all = ends.positions.Host();
+  const auto chosen = ends.Chosen();
   for (int h = 0; h < shape_.pairs; ++h) {
-    const size_t row = static_cast<size_t>(layer) * shape_.pairs + h;
-    const auto begin = all.begin() + static_cast<int64_t>(row) * shape_.max_exact;
-    std::vector<int32_t> chosen(begin, begin + counts[row]);
-    std::sort(chosen.begin(), chosen.end());
-    GPU_CHECK(chosen == selected.positions[h]) << label << " pair " << h << " chose otherwise\n";
+    GPU_CHECK(chosen[static_cast<size_t>(layer) * shape_.pairs + h] == selected.positions[h])
+        << label << " pair " << h << " chose otherwise\n";
   }
 }
 
-void ResidentCase::Run(int blocks_per_pair, int blocks, int steps, bool together) {
+void ResidentCase::Run(int blocks_per_pair, int blocks, int steps, bool at_once) {
   const std::string label =
-      name_ + " blocks " + std::to_string(blocks_per_pair) + (together ? " together" : " in turn");
+      name_ + " blocks " + std::to_string(blocks_per_pair) + (at_once ? " at once" : " in turn");
   cached_.assign(kLayers * shape_.pairs, {});
-  Ends ends(*this, steps);
-  MakePairs(steps, ends);
-  MakeParams(blocks_per_pair, blocks, ends);
-  MakeQueries(steps, ends);
-  RunRounds(steps, together, ends);
+  const std::unique_ptr<Ends> made = MakeEnds(blocks_per_pair, blocks, steps);
+  Ends& ends = *made;
+  RunRounds(steps, at_once, ends);
   int64_t misses = 0;
   for (int i = 0; i < steps * kLayers; ++i) {
     const std::string round = label + " round " + std::to_string(i);
@@ -462,26 +512,26 @@ void ResidentCase::Run(int blocks_per_pair, int blocks, int steps, bool together
   GPU_CHECK(after.given_up == 0 && ends.status.Host()[0] == 0) << label << " gave up\n";
   GPU_CHECK(after.served == static_cast<uint64_t>(steps) * kLayers * shape_.pairs)
       << label << " served " << after.served << "\n";
-  // Of tokens last used in the same round any may go first: the cache may differ a little.
   const double pushed = static_cast<double>(after.pushed);
-  GPU_CHECK(std::abs(pushed - static_cast<double>(misses)) <= 0.03 * static_cast<double>(misses))
+  GPU_CHECK(std::abs(pushed - static_cast<double>(misses)) <=
+            kPushedTolerance * static_cast<double>(misses))
       << label << " pushed " << pushed << " records, expected about " << misses << "\n";
   GPU_CHECK(ends.GuardsHold()) << label;
 }
 
 #ifdef CLUSTERKV_CUDA_EMULATOR
-const std::vector<bool> kTogether = {false};
+const std::vector<bool> kAtOnce = {false};
 #else
-const std::vector<bool> kTogether = {false, true};
+const std::vector<bool> kAtOnce = {false, true};
 #endif
 
 void RunCase(ElementType query_type, int slots, int steps, const std::vector<int>& blocks,
-             const std::vector<bool>& both = kTogether) {
-  for (const bool together : both) {
+             const std::vector<bool>& both = kAtOnce) {
+  for (const bool at_once : both) {
     for (const int blocks_per_pair : blocks) {
       ResidentCase test("default", query_type, slots);
       // Room for three pairs at a time.
-      test.Run(blocks_per_pair, blocks_per_pair * 3, steps, together);
+      test.Run(blocks_per_pair, blocks_per_pair * 3, steps, at_once);
     }
   }
 }
@@ -514,6 +564,124 @@ GPU_TEST(ResidentTakesAsManyClustersAsItSays) {
   GPU_CHECK(kernels::MostServedClusters(serve) == 0);
 }
 
+// Groups of one kernel.
+class Together {
+ public:
+  Together(int blocks_per_pair, int blocks) : blocks_per_pair_(blocks_per_pair), blocks_(blocks) {}
+
+  void Add(const char* name, ElementType query_type, int slots, int steps) {
+    Member& member = members_.emplace_back();
+    member.name = name;
+    member.steps = steps;
+    for (const bool alone : {true, false}) {
+      // Of the same seed.
+      ResidentCase& of =
+          *member.cases.emplace_back(std::make_unique<ResidentCase>(name, query_type, slots));
+      member.ends.push_back(of.MakeEnds(blocks_per_pair_, blocks_, steps));
+      if (alone) of.RunRounds(steps, false, *member.ends.back());
+    }
+  }
+
+  void Start() {
+    std::vector<ServeParams> groups;
+    for (Member& member : members_) {
+      ServeParams& serve = member.ends[1]->serve;
+      ServeControl control = {};
+      GPU_OK(cudaMemcpy(&control, serve.control, sizeof(control), cudaMemcpyDeviceToHost));
+      const uint64_t pairs = static_cast<uint64_t>(serve.shape.pairs);
+      serve.first_round = control.served / pairs + 1;
+      control.stop = 0;
+      control.served = (serve.first_round - 1) * pairs;
+      GPU_OK(cudaMemcpy(serve.control, &control, sizeof(control), cudaMemcpyHostToDevice));
+      groups.push_back(serve);
+    }
+    GPU_OK(kernels::LaunchServe(groups.data(), static_cast<int32_t>(groups.size()), streams_[0]));
+  }
+  void Stop() {
+    GPU_OK(kernels::StopServe(members_[0].ends[1]->serve.control, streams_[0], streams_[1]));
+  }
+  // Of the member; each has a stream of its own.
+  void LaunchRound(int member, int i, kernels::StepPart part) {
+    Member& of = members_[static_cast<size_t>(member)];
+    of.cases[1]->LaunchRound(i, part, *of.ends[1], streams_[2 + member]);
+  }
+
+  void AwaitMembers() {
+    for (int i = 0; i < static_cast<int>(members_.size()); ++i) {
+      GPU_OK(cudaStreamSynchronize(streams_[2 + i]));
+    }
+  }
+
+  // Stopped: `rounds` rounds of the member gave what a kernel of its own gave. The order of a
+  // round's records is any: sums over them differ by rounding, what comes beside them does not.
+  void ExpectAsAlone(int member, int rounds) const {
+    const Member& of = members_[static_cast<size_t>(member)];
+    const ResidentCase::Ends &alone = *of.ends[0], &ends = *of.ends[1];
+    const ResidentCase& the_case = *of.cases[1];
+    const std::string label = std::string(of.name) + " blocks " + std::to_string(blocks_per_pair_) +
+                              " of " + std::to_string(blocks_);
+    for (int i = 0; i < rounds; ++i) {
+      the_case.CompareOutput(label + " round " + std::to_string(i),
+                             the_case.Floats(alone.outputs[i]), ends.outputs[i]);
+    }
+    if (rounds == of.steps * kLayers) {
+      GPU_CHECK(ends.StateLines() == alone.StateLines()) << label << " has another state\n";
+      GPU_CHECK(ends.Chosen() == alone.Chosen()) << label << " chose otherwise\n";
+      const double pushed = static_cast<double>(ends.control.Host()[0].pushed);
+      const double expected = static_cast<double>(alone.control.Host()[0].pushed);
+      GPU_CHECK(std::abs(pushed - expected) <= kPushedTolerance * expected)
+          << label << " pushed " << pushed << " records, alone " << expected << "\n";
+    }
+    const ServeControl control = ends.control.Host()[0];
+    GPU_CHECK(control.given_up == 0 && ends.status.Host()[0] == 0) << label << " gave up\n";
+    GPU_CHECK(control.served == static_cast<uint64_t>(rounds * ends.serve.shape.pairs))
+        << label << " served " << control.served << "\n";
+    GPU_CHECK(ends.GuardsHold()) << label;
+  }
+
+ private:
+  struct Member {
+    const char* name;
+    int steps;
+    std::vector<std::unique_ptr<ResidentCase>> cases;  // alone, together
+    std::vector<std::unique_ptr<ResidentCase::Ends>> ends;
+  };
+  const int blocks_per_pair_, blocks_;
+  Streams streams_{5};  // the kernel's, another, and one for each of three members
+  std::vector<Member> members_;
+};
+
+// One group asks twice as often as another, at the same time; a third never does. The kernel is
+// stopped before it has answered what one has asked, and goes on.
+void RunTogether(int blocks_per_pair, int blocks) {
+  Together groups(blocks_per_pair, blocks);
+  groups.Add("default", ElementType::kFloat32, 64, 4);
+  groups.Add("no_codes", ElementType::kBFloat16, 256, 2);
+  groups.Add("flat", ElementType::kFloat32, 64, 1);
+  groups.Start();
+  constexpr int kRounds = 4 * kLayers;
+  for (int i = 0; i < kRounds; ++i) {
+    if (i % 2 == 0) groups.LaunchRound(1, i / 2, kernels::kStepAsk);
+    if (i == kRounds / 2) {
+      groups.Stop();
+      groups.Start();
+    }
+    groups.LaunchRound(0, i, kernels::kStepWhole);
+    if (i % 2 == 1) groups.LaunchRound(1, i / 2, kernels::kStepAttend);
+  }
+  groups.AwaitMembers();
+  groups.Stop();
+  groups.ExpectAsAlone(0, kRounds);
+  groups.ExpectAsAlone(1, kRounds / 2);
+  groups.ExpectAsAlone(2, 0);
+}
+
+GPU_TEST(ResidentGroupsOfOneKernelGetWhatEachWouldAlone) {
+  for (const int blocks_per_pair : {1, 2}) {
+    for (const int clusters : {1, 2}) RunTogether(blocks_per_pair, blocks_per_pair * clusters);
+  }
+}
+
 GPU_TEST(ResidentShapesOutOfRangeAreRefused) {
   ResidentShape shape;
   shape.layers = shape.pairs = 1;
@@ -526,6 +694,11 @@ GPU_TEST(ResidentShapesOutOfRangeAreRefused) {
   GPU_CHECK(kernels::LaunchForget(shape, nullptr, 0, 1, nullptr) == cudaErrorInvalidValue);
   shape.slots = 64;
   GPU_CHECK(kernels::LaunchForget(shape, nullptr, 1, 1, nullptr) == cudaErrorInvalidValue);
+  const std::vector<ServeParams> groups(kernels::kMaxTogether + 1);
+  for (const int count : {0, 1, kernels::kMaxTogether + 1}) {
+    GPU_CHECK(kernels::LaunchServe(groups.data(), count, nullptr) == cudaErrorInvalidValue)
+        << count << "\n";
+  }
   StepParams step;
   step.shape = shape;
   GPU_CHECK(kernels::LaunchStep(step, 1, kernels::kStepAsk, nullptr, nullptr, nullptr, nullptr) ==

@@ -209,6 +209,9 @@ if wants bench; then
   say "benchmarks"
   python3 tests/gpu/bench/bench.py "--lib=$build/libckv_gpu_bench.so" "--out=$out" 2>&1 |
     tee "$logs/bench" || status=1
+  say "groups together"
+  timeout 200 python3 -B tests/gpu/bench/together.py "--lib=$build/libckv_decode_loop.so" \
+    "--out=$out/together.json" 2>&1 | tee "$logs/together" || status=1
   if [ "$(nvidia-smi -L | wc -l)" -gt 1 ]; then
     say "decode loop"
     timeout 300 python3 -B tests/gpu/bench/decode_loop.py "--lib=$build/libckv_decode_loop.so" \
@@ -218,7 +221,7 @@ fi
 python3 - "$out" <<'END'
 import json, pathlib, sys
 out = pathlib.Path(sys.argv[1])
-names = ("gpu", "links", "faults", "ingest", "resident_links", "resident_faults")
+names = ("gpu", "together", "links", "faults", "ingest", "resident_links", "resident_faults")
 reports = [out / f"{name}.json" for name in names]
 reports = [json.loads(path.read_text()) for path in reports if path.exists()]
 if reports:

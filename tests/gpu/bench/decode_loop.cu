@@ -1,6 +1,7 @@
 // What decode_loop.py drives: the KV cache of a model's shape on one GPU as an index, and on the
-// other as it is; a resident kernel between them; attention over either. Behind a C interface;
-// functions return a cudaError_t unless said otherwise. One cache and one set of ends at a time.
+// other as it is; a resident kernel between them; attention over either. And what together.py
+// drives: several groups of one GPU that ask at once. Behind a C interface; functions return a
+// cudaError_t unless said otherwise. One cache and one set of ends at a time, but for those kept.
 #include <cuda_runtime.h>
 
 #include <algorithm>
@@ -9,12 +10,15 @@
 #include <cstdlib>
 #include <numeric>
 #include <random>
+#include <utility>
 #include <vector>
 
 #include "kernels/attention/attention_cuda.h"
 #include "kernels/base/cuda_util.cuh"
 #include "kernels/index/index_cuda.h"
+#include "kernels/resident/lines.cuh"
 #include "kernels/resident/resident_cuda.h"
+#include "kernels/resident/windows.h"
 #include "tests/gpu/bench/bench_ok.h"
 
 namespace clusterkv::kernels {
@@ -67,8 +71,9 @@ __global__ void FillRows(uint16_t* to, uint64_t cache, int what, int tokens) {
 }
 // Queries [steps, layers, pairs, group, dim]: each looks at three of its head's centers; one of
 // them changes after every `hold` steps or so, and each step adds noise of its own.
-__global__ void FillQueries(uint16_t* to, int steps, int layers, int pairs, int tokens, float size,
-                            int hold) {
+// `first`: sequence of the first pair.
+__global__ void FillQueries(uint16_t* to, int steps, int layers, int pairs, int first, int tokens,
+                            float size, int hold) {
   constexpr float kNoise = 0.25f;
   const int64_t width = int64_t{layers} * pairs * kGroup * kDim;
   for (int64_t i = blockIdx.x * int64_t{blockDim.x} + threadIdx.x; i < width;
@@ -76,7 +81,7 @@ __global__ void FillQueries(uint16_t* to, int steps, int layers, int pairs, int 
     const int channel = static_cast<int>(i % kDim), group = static_cast<int>(i / kDim % kGroup);
     const int pair = static_cast<int>(i / kDim / kGroup % pairs);
     const int layer = static_cast<int>(i / kDim / kGroup / pairs);
-    const uint64_t cache = static_cast<uint64_t>(layer) * 64 + pair / kHeads;
+    const uint64_t cache = static_cast<uint64_t>(layer) * 64 + first + pair / kHeads;
     const uint64_t of_head = (cache * 2 * kHeads + pair % kHeads) << 40;
     const uint64_t of_query = (cache * kHeads + pair % kHeads) * kGroup + group;
     for (int step = 0; step < steps; ++step) {
@@ -127,6 +132,63 @@ __global__ void TakeTurnKernel(const uint16_t* walk, const uint64_t* rounds, int
 __global__ void NarrowKernel(const float* from, uint16_t* to, int count) {
   const int i = static_cast<int>(blockIdx.x * blockDim.x + threadIdx.x);
   if (i < count) to[i] = cuda::FloatToBFloat16Bits(from[i]);
+}
+
+// A group's worker, by one block: other work for about busy_ns before each layer's queries leave,
+// then the wait for the last state. It asks the rounds from `first` on, layers in turn.
+struct Client {
+  ResidentShape shape;
+  resident::WindowLayout windows;
+  void* requests;
+  const void* replies;
+  const uint16_t* walk;  // queries [steps, layers, pairs, group, dim]
+  uint64_t first, rounds, busy_ns;
+  int steps, blocks_per_pair;
+  int64_t* layer_ns;  // [rounds]: from the end of the one before
+  uint32_t* gave_up;
+};
+constexpr int kClientThreads = 1024;
+constexpr uint64_t kClientPatience = 1'000'000'000;
+
+__global__ void __launch_bounds__(kClientThreads, 1)
+    ClientKernel(const __grid_constant__ Client client) {
+  using cuda::DeviceNanoseconds;
+  const ResidentShape& s = client.shape;
+  const int words = client.windows.query_lines, blocks = client.blocks_per_pair;
+  // Numbers of the state that a block of a pair sends, two in a line.
+  const int share = (s.group * s.head_dim / 2 + blocks - 1) / blocks * 2;
+  uint64_t last = DeviceNanoseconds();
+  for (uint64_t round = client.first; round < client.first + client.rounds; ++round) {
+    // A tenth more or less, so that two of them do not keep step.
+    const uint64_t tenth = client.busy_ns / 10;
+    const uint64_t busy = client.busy_ns - tenth + Mix(round + (client.first << 32)) % (2 * tenth);
+    while (DeviceNanoseconds() - last < busy) {
+    }
+    const int layer = static_cast<int>((round - 1) % static_cast<uint64_t>(s.layers));
+    const uint64_t step = (round - 1) / static_cast<uint64_t>(s.layers);
+    const uint2* queries =
+        reinterpret_cast<const uint2*>(client.walk) +
+        (static_cast<int64_t>(step % client.steps) * s.layers + layer) * s.pairs * words;
+    const uint32_t flag = static_cast<uint32_t>(round);
+    uint4* lines = client.windows.Queries(client.requests, 0);
+    for (int i = threadIdx.x; i < s.pairs * words; i += kClientThreads) {
+      cuda::StoreLine(lines + i, queries[i].x, queries[i].y, flag);
+    }
+    bool lost = false;
+    for (int i = threadIdx.x; i < s.pairs * blocks; i += kClientThreads) {
+      const uint4* line = client.windows.State(client.replies, i / blocks) + i % blocks * share / 2;
+      uint32_t two[2];
+      lost |= !cuda::Poll([&] { return cuda::LoadLine(line, flag, &two[0], &two[1]); },
+                          [&] { return DeviceNanoseconds() - last > kClientPatience; });
+    }
+    if (__syncthreads_count(lost) > 0) {
+      if (threadIdx.x == 0) *client.gave_up = 1;
+      return;
+    }
+    const uint64_t now = DeviceNanoseconds();
+    if (threadIdx.x == 0) client.layer_ns[round - client.first] = static_cast<int64_t>(now - last);
+    last = now;
+  }
 }
 
 // ---- memory: one block per device for what a cache needs, one for what a set of ends needs
@@ -189,7 +251,8 @@ struct Loop {
   DeviceIndexPart* device_parts = nullptr;
   uint16_t *keys = nullptr, *values = nullptr;  // dense: [layers, sequences, heads, tokens, dim]
   uint16_t* sink_keys = nullptr;                // service
-  // One set of ends.
+  // One set of ends, of `batch` sequences from `first` on.
+  int first = 0;
   int batch = 0, window = 0, steps = 0, pairs_at_once = 0;
   ServeParams serve;
   StepParams step;
@@ -203,6 +266,14 @@ struct Loop {
   uint32_t* host_stop = nullptr;
 };
 Loop loop;
+
+// Ends that were set aside.
+struct Kept {
+  ServeParams serve;
+  const uint16_t* walk = nullptr;
+  Arena service_ends, decode_ends;
+};
+std::vector<Kept> kept;
 std::mt19937_64 generator(5);
 
 DevicePagedView MakePaged(int64_t element_bytes, int64_t count) {
@@ -244,7 +315,7 @@ void MakeDecodeData(int pairs, int layers, int steps, float size, int hold) {
   FillSmall<<<64, 256>>>(sink_values, kSinks * kRow, 199);
   FillSmall<<<512, 256>>>(loop.window_keys, layers * window_numbers, 299);
   FillSmall<<<512, 256>>>(loop.window_values, layers * window_numbers, uint64_t{1} << 33);
-  FillQueries<<<4096, 256>>>(loop.walk, steps, layers, pairs, loop.tokens, size, hold);
+  FillQueries<<<4096, 256>>>(loop.walk, steps, layers, pairs, loop.first, loop.tokens, size, hold);
   std::vector<StepPair> step_pairs;
   loop.dense_pairs.clear();
   const auto bytes_of = [](const uint16_t* at) {
@@ -381,10 +452,14 @@ const void* ckv_loop_values(int layer) {
   return loop.values + int64_t{layer} * loop.sequences * loop.tokens * kRow;
 }
 
-// Both ends for the first `batch` sequences. size and hold: of the queries' walk.
+// Both ends for `batch` sequences: the first ones behind those of kept ends. size and hold: of the
+// queries' walk.
 int ckv_loop_ends(int batch, int window, int slots, int budget, int blocks_per_pair, int pool,
                   int steps, float size, int hold, int prefetch_mb) {
   const int pairs = batch * kHeads, layers = loop.layers;
+  loop.first = 0;
+  for (const Kept& ends : kept) loop.first += ends.serve.shape.pairs / kHeads;
+  if (loop.first + batch > loop.sequences) return cudaErrorInvalidValue;
   loop.batch = batch;
   loop.window = window;
   loop.steps = steps;
@@ -414,7 +489,7 @@ int ckv_loop_ends(int batch, int window, int slots, int budget, int blocks_per_p
   for (int layer = 0; layer < layers; ++layer) {
     for (int pair = 0; pair < pairs; ++pair) {
       SelectCudaPair p;
-      p.parts = loop.device_parts + layer * loop.sequences + pair / kHeads;
+      p.parts = loop.device_parts + layer * loop.sequences + loop.first + pair / kHeads;
       p.part_count = 1;
       p.clusters = loop.parts[0].clusters;
       p.kv_head = pair % kHeads;
@@ -472,7 +547,7 @@ int ckv_loop_start() {
   BENCH_OK(cudaMemset(loop.serve.control, 0, sizeof(ServeControl)));
   BENCH_OK(cudaDeviceSynchronize());
   loop.serve.first_round = rounds + 1;
-  const cudaError_t error = LaunchServe(loop.serve, loop.serve_stream);
+  const cudaError_t error = LaunchServe(&loop.serve, 1, loop.serve_stream);
   BENCH_OK(cudaSetDevice(loop.decode));
   return error;
 }
@@ -524,6 +599,82 @@ int ckv_loop_dense(int layer, void* output, cudaStream_t stream) {
 int ckv_loop_end_step(int sparse, cudaStream_t stream) {
   return LaunchEndStep(loop.step.shape, sparse ? loop.rounds : loop.other_rounds, stream);
 }
+// Sets the ends aside for ckv_loop_together.
+void ckv_loop_keep() {
+  Kept& ends = kept.emplace_back();
+  ends.serve = loop.serve;
+  ends.walk = loop.walk;
+  ends.service_ends = std::exchange(loop.service_ends, Arena());
+  ends.decode_ends = std::exchange(loop.decode_ends, Arena());
+}
+void ckv_loop_drop() {
+  for (Kept& ends : kept) {
+    ends.service_ends.Destroy();
+    ends.decode_ends.Destroy();
+  }
+  kept.clear();
+}
+
+// The first `count` kept ends as groups that ask `rounds` rounds each, all at once and beside
+// busy_ns of other work: served by `kernels` kernels of `blocks` blocks. layer_ns: [count, rounds].
+// Service and decode device are the same.
+int ckv_loop_together(int count, int kernels, int blocks, int blocks_per_pair, int rounds,
+                      int busy_ns, int64_t* layer_ns) {
+  BENCH_OK(cudaSetDevice(loop.service));
+  int64_t* device_ns = nullptr;
+  uint32_t* gave_up = nullptr;
+  BENCH_OK(cudaMalloc(&device_ns, sizeof(int64_t) * count * rounds));
+  BENCH_OK(cudaMalloc(&gave_up, sizeof(uint32_t)));
+  BENCH_OK(cudaMemset(gave_up, 0, sizeof(uint32_t)));
+  std::vector<cudaStream_t> streams(count + kernels);
+  for (cudaStream_t& stream : streams) {
+    BENCH_OK(cudaStreamCreateWithFlags(&stream, cudaStreamNonBlocking));
+  }
+  std::vector<std::vector<ServeParams>> of_kernel(kernels);
+  for (int g = 0; g < count; ++g) {
+    ServeParams& serve = kept[g].serve;
+    serve.blocks = blocks;
+    serve.select.blocks_per_pair = blocks_per_pair;
+    serve.rounds = rounds;
+    serve.idle_ns = kClientPatience;
+    BENCH_OK(cudaMemset(serve.control, 0, sizeof(ServeControl)));
+    of_kernel[g % kernels].push_back(serve);
+  }
+  BENCH_OK(cudaDeviceSynchronize());
+  cudaError_t error = cudaSuccess;
+  for (int k = 0; k < kernels && error == cudaSuccess; ++k) {
+    error =
+        LaunchServe(of_kernel[k].data(), static_cast<int>(of_kernel[k].size()), streams[count + k]);
+  }
+  for (int g = 0; g < count && error == cudaSuccess; ++g) {
+    ServeParams& serve = kept[g].serve;
+    const Client client = {.shape = serve.shape,
+                           .windows = resident::MakeWindowLayout(serve.shape),
+                           .requests = const_cast<void*>(serve.requests),
+                           .replies = serve.replies,
+                           .walk = kept[g].walk,
+                           .first = serve.first_round,
+                           .rounds = serve.rounds,
+                           .busy_ns = static_cast<uint64_t>(busy_ns),
+                           .steps = loop.steps,
+                           .blocks_per_pair = blocks_per_pair,
+                           .layer_ns = device_ns + int64_t{g} * rounds,
+                           .gave_up = gave_up};
+    ClientKernel<<<1, kClientThreads, 0, streams[g]>>>(client);
+    error = cudaGetLastError();
+    serve.first_round += rounds;
+  }
+  BENCH_OK(cudaDeviceSynchronize());
+  uint32_t lost = 0;
+  BENCH_OK(cudaMemcpy(&lost, gave_up, sizeof(lost), cudaMemcpyDeviceToHost));
+  BENCH_OK(
+      cudaMemcpy(layer_ns, device_ns, sizeof(int64_t) * count * rounds, cudaMemcpyDeviceToHost));
+  for (cudaStream_t stream : streams) BENCH_OK(cudaStreamDestroy(stream));
+  BENCH_OK(cudaFree(device_ns));
+  BENCH_OK(cudaFree(gave_up));
+  return lost != 0 && error == cudaSuccess ? cudaErrorTimeout : error;
+}
+
 int64_t ckv_loop_decode_kv_bytes() {
   const int64_t tokens = int64_t{loop.step.shape.slots} + loop.window + kSinks;
   return tokens * loop.layers * loop.batch * kHeads * 4 * kDim;

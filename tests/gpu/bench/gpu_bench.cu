@@ -338,7 +338,7 @@ void* ckv_round_create(void* of, int blocks_per_pair) {
   return bench;
 }
 int ckv_round_run(void* handle, int layer, cudaStream_t stream) {
-  return LaunchServe(static_cast<RoundBench*>(handle)->serves[layer], stream);
+  return LaunchServe(&static_cast<RoundBench*>(handle)->serves[layer], 1, stream);
 }
 
 // ---- attention
