@@ -106,12 +106,14 @@ class Sequence : public std::enable_shared_from_this<Sequence> {
   // --- decode (sequence_append.cc)
   absl::StatusOr<v1::AppendKvResponse> Append(const v1::AppendKvRequest& request);
   absl::StatusOr<Shard::SteadyZone> SteadyZone(int64_t layer) const;
-  // A sequence that shares all parts and copies the window. `account` holds the plan that
-  // PlanFork gave. Errors: SEQUENCE_NOT_READY, SEQUENCE_RELEASED, ARENA_FULL.
-  absl::StatusOr<std::shared_ptr<Sequence>> Fork(SequenceIdentity identity, SequenceParams params,
+  // What a fork that may append `decode_tokens` starts from: this sequence as it is now, whatever
+  // is appended to it afterwards. Errors: SEQUENCE_NOT_READY, SEQUENCE_RELEASED.
+  struct ForkPlan;
+  absl::StatusOr<ForkPlan> PlanFork(int64_t decode_tokens) const;
+  // A sequence that shares all parts and copies the window. `account` holds the plan's memory.
+  // Errors: ARENA_FULL.
+  absl::StatusOr<std::shared_ptr<Sequence>> Fork(SequenceIdentity identity, ForkPlan plan,
                                                  std::shared_ptr<MemoryAccount> account) const;
-  // Parameters and memory of a fork that may append `decode_tokens`. Errors: as Fork.
-  absl::StatusOr<std::pair<SequenceParams, MemoryPlan>> PlanFork(int64_t decode_tokens) const;
 
   // --- reading
   using SnapshotOr = absl::StatusOr<std::shared_ptr<const LayerSnapshot>>;
@@ -323,6 +325,12 @@ class Sequence : public std::enable_shared_from_this<Sequence> {
   bool sealed_ ABSL_GUARDED_BY(mutex_) = false;
   std::vector<SealWaiter> seal_waiters_ ABSL_GUARDED_BY(mutex_);
   absl::Status end_reason_ ABSL_GUARDED_BY(mutex_);  // not OK: RELEASED
+};
+
+struct Sequence::ForkPlan {
+  SequenceParams params;
+  MemoryPlan memory;
+  std::vector<Layer> layers;  // keep their pages
 };
 
 // A call's or an attachment's hold on a sequence: while one lives, the sequence is not evicted.

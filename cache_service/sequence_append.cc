@@ -209,28 +209,9 @@ absl::StatusOr<Shard::SteadyZone> Sequence::SteadyZone(int64_t layer_index) cons
 
 // --- fork
 
-absl::StatusOr<std::pair<SequenceParams, MemoryPlan>> Sequence::PlanFork(
-    int64_t decode_tokens) const {
-  SequenceParams params = params_;
+absl::StatusOr<Sequence::ForkPlan> Sequence::PlanFork(int64_t decode_tokens) const {
+  ForkPlan plan;
   int64_t window_rows = 0, end_token = 0;
-  {
-    absl::MutexLock lock(&mutex_);
-    CKV_RETURN_IF_ERROR(CheckReadyLocked());
-    for (const Layer& layer : layers_) {
-      end_token = std::max(end_token, layer.end_token);
-      window_rows = std::max(window_rows, layer.end_token - WindowBegin(layer));
-    }
-  }
-  params.max_decode_tokens = end_token - params_.prompt_tokens + decode_tokens;
-  CKV_ASSIGN_OR_RETURN(MemoryPlan plan, PlanDecode(params, window_rows, decode_tokens,
-                                                   services_.arena->page_bytes()));
-  return std::pair(std::move(params), plan);
-}
-
-absl::StatusOr<std::shared_ptr<Sequence>> Sequence::Fork(
-    SequenceIdentity identity, SequenceParams params,
-    std::shared_ptr<MemoryAccount> account) const {
-  std::vector<Layer> layers;
   {
     absl::MutexLock lock(&mutex_);
     CKV_RETURN_IF_ERROR(CheckReadyLocked());
@@ -241,7 +222,9 @@ absl::StatusOr<std::shared_ptr<Sequence>> Sequence::Fork(
           {{"sequence", identity_.name}, {"expected", "READY"}, {"got", "APPENDING"}});
     }
     for (const Layer& source : layers_) {
-      Layer& layer = layers.emplace_back();
+      end_token = std::max(end_token, source.end_token);
+      window_rows = std::max(window_rows, source.end_token - WindowBegin(source));
+      Layer& layer = plan.layers.emplace_back();
       layer.received = source.received;
       layer.log = source.log;
       layer.query_rms = source.query_rms;
@@ -252,14 +235,23 @@ absl::StatusOr<std::shared_ptr<Sequence>> Sequence::Fork(
       layer.snapshot = source.snapshot;
     }
   }
-  auto fork = std::make_shared<Sequence>(std::move(identity), std::move(params), services_,
+  plan.params = params_;
+  plan.params.max_decode_tokens = end_token - params_.prompt_tokens + decode_tokens;
+  CKV_ASSIGN_OR_RETURN(plan.memory, PlanDecode(plan.params, window_rows, decode_tokens,
+                                               services_.arena->page_bytes()));
+  return plan;
+}
+
+absl::StatusOr<std::shared_ptr<Sequence>> Sequence::Fork(
+    SequenceIdentity identity, ForkPlan plan, std::shared_ptr<MemoryAccount> account) const {
+  auto fork = std::make_shared<Sequence>(std::move(identity), std::move(plan.params), services_,
                                          std::move(account));
-  for (Layer& layer : layers) {
+  for (Layer& layer : plan.layers) {
     if (layer.windows.empty()) continue;
     CKV_RETURN_IF_ERROR(fork->CopyWindow(layer.windows.back(), layer.end_token));
   }
   absl::MutexLock lock(&fork->mutex_);
-  fork->layers_ = std::move(layers);
+  fork->layers_ = std::move(plan.layers);
   fork->sealed_ = true;
   return fork;
 }

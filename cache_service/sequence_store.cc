@@ -205,18 +205,17 @@ absl::StatusOr<SequenceRef> SequenceStore::Fork(const v1::ForkSequenceRequest& r
   const CallCounter::Scope scope(services_.calls);
   CKV_ASSIGN_OR_RETURN(const SequenceRef source, Find(request.source()));
   CKV_RETURN_IF_ERROR(CheckName(request.name()));
-  CKV_ASSIGN_OR_RETURN(auto fork_plan, source->PlanFork(request.max_decode_tokens()));
-  auto& [params, plan] = fork_plan;
-  CKV_ASSIGN_OR_RETURN(params, WithSelectConfig(std::move(params), request.select()));
-  const int64_t tokens = params.prompt_tokens + params.max_decode_tokens;
+  CKV_ASSIGN_OR_RETURN(Sequence::ForkPlan plan, source->PlanFork(request.max_decode_tokens()));
+  CKV_ASSIGN_OR_RETURN(plan.params, WithSelectConfig(std::move(plan.params), request.select()));
+  const int64_t tokens = plan.params.prompt_tokens + plan.params.max_decode_tokens;
   if (tokens > options_.max_sequence_tokens) {
     return LimitError("max_sequence_tokens", options_.max_sequence_tokens, tokens);
   }
   CKV_RETURN_IF_ERROR(Admit(request.name()));
-  CKV_ASSIGN_OR_RETURN(std::shared_ptr<MemoryAccount> account, OpenAccount(plan));
+  CKV_ASSIGN_OR_RETURN(std::shared_ptr<MemoryAccount> account, OpenAccount(plan.memory));
   CKV_ASSIGN_OR_RETURN(
       std::shared_ptr<Sequence> fork,
-      source->Fork(NewIdentity(request.name()), std::move(params), std::move(account)));
+      source->Fork(NewIdentity(request.name()), std::move(plan), std::move(account)));
   fork->session_id.store(request.session_id());
   fork->ttl = Milliseconds(request.ttl_ms());
   return Insert(std::move(fork));

@@ -4,6 +4,7 @@
 
 #include <limits>
 #include <map>
+#include <thread>
 
 #include "tests/cache_service/shard_harness.h"
 
@@ -254,6 +255,27 @@ TEST_F(ShardAppendTest, ForksAreLimitedByTheirOwnDecodeTokens) {
   ASSERT_TRUE(shard_->Fork(ForkRequest("a", "b", 2)).ok());
   EXPECT_TRUE(Append(kPrompt + 5, 2, "b").ok());
   EXPECT_EQ(Reason(Append(kPrompt + 7, 1, "b").status()), v1::TOKENS_OUT_OF_RANGE);
+}
+
+TEST_F(ShardAppendTest, ForksOfWhatGrowsMeanwhileMayDecodeWhatTheyAskedFor) {
+  shard_.Ready(Request("a"), kv_);
+  constexpr int64_t kEnd = kPrompt + kDecode - 4;
+  std::thread decoder([&] {
+    for (int64_t at = kPrompt; at < kEnd; ++at) EXPECT_TRUE(Append(at, 1).ok());
+  });
+  for (int64_t end = 0; end < kEnd && !HasFatalFailure();) {
+    const auto fork = shard_->Fork(ForkRequest("a", "b", 3));
+    if (!fork.ok()) {  // a window is being clustered
+      EXPECT_EQ(Reason(fork.status()), v1::SEQUENCE_NOT_READY);
+      continue;
+    }
+    end = fork->tokens();
+    EXPECT_TRUE(Append(end, 3, "b").ok());
+    EXPECT_EQ(Reason(Append(end + 3, 1, "b").status()), v1::TOKENS_OUT_OF_RANGE);
+    ExpectWindow(kPrompt + (end + 3 - kPrompt) / kWindow * kWindow, end + 3, "b");
+    EXPECT_TRUE(shard_->Release(Handle("b")).ok());
+  }
+  decoder.join();
 }
 
 TEST_F(ShardAppendTest, ForksAreRefusedByName) {
