@@ -171,8 +171,10 @@ TEST_F(EtcdTest, DrainingIsSeen) {
 
 TEST_F(EtcdTest, AnEntryEndsWithItsLease) {
   const auto watcher = Open(options_);
-  etcd_->Put(std::string(kKey) + "dead", Json(MakeShard("dead")), etcd_->Grant(kShortTtl));
+  const std::string key = std::string(kKey) + "dead", entry = Json(MakeShard("dead"));
+  etcd_->Put(key, entry, etcd_->Grant(kTtl));
   EXPECT_TRUE(Lists(*watcher, {"dead"}));
+  etcd_->Put(key, entry, etcd_->Grant(kShortTtl));  // seen before, however short it is
   EXPECT_TRUE(Lists(*watcher, {}));
 }
 
@@ -181,9 +183,11 @@ TEST_F(EtcdTest, AnEntryOutlivesItsLeaseTimeWhileItsProcessLives) {
   constexpr absl::Duration kLiving = absl::Seconds(3);
   a->Register(MakeShard("a"), kLiving);
   ASSERT_TRUE(IsRegistered(*a));
-  // A lease that is granted now and kept by nobody ends after several of a's beats.
-  etcd_->Put(std::string(kKey) + "dead", Json(MakeShard("dead")), etcd_->Grant(2 * kLiving));
+  const std::string key = std::string(kKey) + "dead", entry = Json(MakeShard("dead"));
+  etcd_->Put(key, entry, etcd_->Grant(kTtl));
   EXPECT_TRUE(Lists(*a, {"a", "dead"}));
+  // A lease that is granted now and kept by nobody ends after several of a's beats.
+  etcd_->Put(key, entry, etcd_->Grant(2 * kLiving));
   EXPECT_TRUE(Lists(*a, {"a"}));
   EXPECT_NE(etcd_->Get(std::string(kKey) + "a"), nullptr);
 }
