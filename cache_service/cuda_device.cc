@@ -891,7 +891,8 @@ absl::Status CudaDevice::RunBatch(Lane& lane, absl::Span<DeviceSelectItem* const
         placed, reinterpret_cast<const SelectCudaPair*>(lane.input.data() + layout.pair_array),
         pairs, OutputAt(layout, lane.output.data()), lane.workspace.data(), stream);
   };
-  const cudaError_t launched = residents_.LaunchSelect(pairs, launch);
+  const cudaError_t launched =
+      residents_.LaunchSelect({pairs, kernels::QuadsOf(params.group)}, launch);
   if (launched == cudaErrorInvalidValue) return CudaStatus(launched, "select");  // nothing ran
   CKV_RETURN_IF_ERROR(Note(CudaStatus(launched, "select")));
   CKV_RETURN_IF_ERROR(Note(CudaStatus(

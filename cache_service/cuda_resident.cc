@@ -34,7 +34,7 @@ absl::Status Refusal(const kernels::ServeParams& serve) {
         ": fewer tokens, or more of them per cluster (tokens_per_cluster)"));
   }
   return absl::UnavailableError(
-      "resident: expected 128 channels, up to 4 query heads per KV head, codes of 2 bits in groups "
+      "resident: expected 128 channels, up to 8 query heads per KV head, codes of 2 bits in groups "
       "of 32 or none, and max_exact_tokens at least the budget");
 }
 
@@ -90,7 +90,7 @@ absl::Status CudaResident::SetInput(const ResidentInput& input) {
   kernels::ServeParams serve = serve_;
   serve.select = input.select;
   // What every place that it may have is enough for.
-  serve.select.blocks_per_pair = 1;
+  serve.select.blocks_per_pair = round().quads;
   serve.blocks = kernels::ReadLimits().multiprocessors;
   const int64_t workspace_bytes = kernels::ServeWorkspaceBytes(serve);
   if (workspace_bytes == 0) return Refusal(serve);

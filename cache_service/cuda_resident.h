@@ -48,7 +48,7 @@ class CudaResident : public ResidentEnd {
   ~CudaResident() override;  // REQUIRES: stopped
 
   const v1::PeerWindow& requests() const { return exported_; }
-  int pairs() const override { return shape_.pairs; }
+  ResidentRound round() const override { return {shape_.pairs, kernels::QuadsOf(shape_.group)}; }
   // REQUIRES: stopped. Errors: Unavailable when the kernel does not take such an input, and the old
   // one stays; as CudaStatus.
   absl::Status SetInput(const ResidentInput& input);

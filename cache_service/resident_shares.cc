@@ -23,52 +23,57 @@ int SurelyPlacedAlone(int multiprocessors, int blocks) {
   return std::max(0, multiprocessors - kProcessingClusters * lost) / blocks;
 }
 
-// How long a group's round takes. A pair's answer takes 6 + 8 / b with b blocks: what all of them
-// do, and what they share out (as measured: kernels/select/DESIGN.md, rounds).
-double Cost(const ResidentPlace& place, int pairs) {
-  const int turns = (pairs + place.clusters - 1) / place.clusters;
-  return turns * (6 + 8.0 / place.blocks_per_pair);
+// How long a group's round takes. A pair's answer takes 6 + 8 / b with b blocks for a quad: what
+// all of them do, and what they share out (as measured: kernels/select/DESIGN.md, rounds).
+double Cost(const ResidentPlace& place, const ResidentRound& round) {
+  const int turns = (round.pairs + place.clusters - 1) / place.clusters;
+  return turns * (6 + 8.0 * round.quads / place.blocks_per_pair);
 }
 
 // The rounds of several, one after the other.
-double Cost(const ResidentLaunch& launch, const std::vector<int>& pairs) {
+double Cost(const ResidentLaunch& launch, const std::vector<ResidentRound>& rounds) {
   double cost = 0;
-  for (const int group : launch.groups) cost += Cost(launch.place, pairs[group]);
+  for (const int group : launch.groups) cost += Cost(launch.place, rounds[group]);
   return cost;
 }
 
 // The place of one of so many kernels. `alike`: they all have the same.
 ResidentPlace PlaceOf(const ResidentLaunch& launch, int multiprocessors, int kernels, bool alike,
-                      const std::vector<int>& pairs) {
-  int most = 0;  // pairs of a group
-  for (const int group : launch.groups) most = std::max(most, pairs[group]);
+                      const std::vector<ResidentRound>& rounds) {
+  int pairs = 0, quads = 1;  // of a group, at most; quads are one or two
+  for (const int group : launch.groups) {
+    pairs = std::max(pairs, rounds[group].pairs);
+    quads = std::max(quads, rounds[group].quads);
+  }
   const int share =
-      std::min(std::max(multiprocessors / 2, most), SharedOut(multiprocessors) / kernels);
+      std::min(std::max(multiprocessors / 2, pairs * quads), SharedOut(multiprocessors) / kernels);
   const int free = multiprocessors - (kernels - 1) * share;
-  ResidentLaunch best = {launch.groups, {1, std::min(std::max(1, share), most)}};
-  for (int blocks = 2; blocks <= kMaxBlocksPerPair; ++blocks) {
+  ResidentLaunch best = {launch.groups, {}};
+  for (int blocks = quads; blocks <= kMaxBlocksPerPair; blocks += quads) {
     const int placed =
         alike ? SurelyPlacedAlone(multiprocessors, blocks) / kernels : SurelyPlaced(free, blocks);
-    const int clusters = std::min({share / blocks, placed, most});
+    const int clusters = std::min({share / blocks, placed, pairs});
     if (clusters == 0) break;
     const ResidentLaunch other = {launch.groups, {blocks, clusters}};
-    if (Cost(other, pairs) < Cost(best, pairs)) best = other;
+    if (blocks == quads || Cost(other, rounds) < Cost(best, rounds)) best = other;
   }
   return best.place;
 }
 
 // So many kernels, which have as many groups each, or one more.
-std::vector<ResidentLaunch> Deal(int multiprocessors, int kernels, const std::vector<int>& pairs) {
+std::vector<ResidentLaunch> Deal(int multiprocessors, int kernels,
+                                 const std::vector<ResidentRound>& rounds) {
   std::vector<ResidentLaunch> launches(kernels);
-  for (int group = 0; group < static_cast<int>(pairs.size()); ++group) {
+  for (int group = 0; group < static_cast<int>(rounds.size()); ++group) {
     launches[group % kernels].groups.push_back(group);
   }
-  const bool alike = kernels == 1 || std::all_of(pairs.begin(), pairs.end(), [&](int of_group) {
-                       return of_group == pairs.front();
-                     });
+  const bool alike =
+      kernels == 1 || std::all_of(rounds.begin(), rounds.end(), [&](const ResidentRound& round) {
+        return round == rounds.front();
+      });
   for (ResidentLaunch& launch : launches) {
-    launch.place = alike ? PlaceOf(launches.front(), multiprocessors, kernels, true, pairs)
-                         : PlaceOf(launch, multiprocessors, kernels, false, pairs);
+    launch.place = alike ? PlaceOf(launches.front(), multiprocessors, kernels, true, rounds)
+                         : PlaceOf(launch, multiprocessors, kernels, false, rounds);
   }
   return launches;
 }
@@ -79,29 +84,30 @@ int MaxResidentGroups(int multiprocessors) {
   return SharedOut(multiprocessors) / kMaxBlocksPerPair;
 }
 
-std::vector<ResidentLaunch> PlaceGroups(int multiprocessors, const std::vector<int>& pairs) {
+std::vector<ResidentLaunch> PlaceGroups(int multiprocessors,
+                                        const std::vector<ResidentRound>& rounds) {
   constexpr double kRounding = 1e-6;
-  const int groups = static_cast<int>(pairs.size());
+  const int groups = static_cast<int>(rounds.size());
   std::vector<ResidentLaunch> own =
-      groups == 0 ? std::vector<ResidentLaunch>() : Deal(multiprocessors, groups, pairs);
+      groups == 0 ? std::vector<ResidentLaunch>() : Deal(multiprocessors, groups, rounds);
   const auto none_waits_longer = [&](const ResidentLaunch& launch) {
-    const double cost = Cost(launch, pairs);
+    const double cost = Cost(launch, rounds);
     return std::all_of(launch.groups.begin(), launch.groups.end(),
-                       [&](int group) { return cost <= Cost(own[group], pairs) + kRounding; });
+                       [&](int group) { return cost <= Cost(own[group], rounds) + kRounding; });
   };
   for (int kernels = 1; kernels < groups; ++kernels) {
     if ((groups + kernels - 1) / kernels > kMaxGroupsOfKernel) continue;
-    std::vector<ResidentLaunch> launches = Deal(multiprocessors, kernels, pairs);
+    std::vector<ResidentLaunch> launches = Deal(multiprocessors, kernels, rounds);
     if (std::all_of(launches.begin(), launches.end(), none_waits_longer)) return launches;
   }
   return own;
 }
 
-int SelectBlocksPerPair(int multiprocessors, int held, int pairs) {
+int SelectBlocksPerPair(int multiprocessors, int held, const ResidentRound& round) {
   if (held == 0) return 0;
   const int free = multiprocessors - held;
-  int blocks = 1;
-  while (2 * blocks <= kMaxBlocksPerPair && 2 * blocks * pairs <= free &&
+  int blocks = SurelyPlaced(free, round.quads) > 0 ? round.quads : 1;
+  while (2 * blocks <= kMaxBlocksPerPair && 2 * blocks * round.pairs <= free &&
          SurelyPlaced(free, 2 * blocks) > 0) {
     blocks *= 2;
   }

@@ -11,6 +11,16 @@
 
 namespace clusterkv::cache_service {
 
+// What a group asks for in a round.
+struct ResidentRound {
+  int pairs = 0;
+  int quads = 1;  // of four query heads, of a pair: its blocks are a multiple of them
+
+  bool operator==(const ResidentRound& other) const {
+    return pairs == other.pairs && quads == other.quads;
+  }
+};
+
 // What a resident kernel has: so many thread-block clusters of so many blocks, a multiprocessor
 // each.
 struct ResidentPlace {
@@ -31,16 +41,17 @@ struct ResidentLaunch {
   ResidentPlace place;
 };
 
-// The kernels of groups that answer so many pairs a round each: group i's are pairs[i]. A kernel
-// alone has half of the multiprocessors, or one for each pair of a group if that is more, so that
-// they take one turn; several share all but some, equally. There are as few as make no group's
+// The kernels of groups with such rounds. A kernel alone has half of the multiprocessors, or one
+// for each quad of a group if that is more, so that they take one turn; several share all but some,
+// equally. There are as few as make no group's
 // round longer than a kernel for each would, even when all groups ask at once: where they ask at
 // different times each has all of its kernel.
-std::vector<ResidentLaunch> PlaceGroups(int multiprocessors, const std::vector<int>& pairs);
+std::vector<ResidentLaunch> PlaceGroups(int multiprocessors,
+                                        const std::vector<ResidentRound>& rounds);
 
-// Blocks per pair for a select of so many pairs while resident kernels hold `held` of the
-// multiprocessors; 0: as the select's kernel likes.
-int SelectBlocksPerPair(int multiprocessors, int held, int pairs);
+// Blocks per pair for such a select while resident kernels hold `held` of the multiprocessors; 0:
+// as the select's kernel likes.
+int SelectBlocksPerPair(int multiprocessors, int held, const ResidentRound& round);
 
 }  // namespace clusterkv::cache_service
 

@@ -61,9 +61,9 @@ absl::StatusOr<Residents::NcclPlace> Residents::TakeNcclPlace() {
 }
 
 std::vector<ResidentLaunch> Residents::Launches() const {
-  std::vector<int> pairs;
-  for (const ResidentEnd* end : all_) pairs.push_back(end->pairs());
-  return PlaceGroups(multiprocessors_, pairs);
+  std::vector<ResidentRound> rounds;
+  for (const ResidentEnd* end : all_) rounds.push_back(end->round());
+  return PlaceGroups(multiprocessors_, rounds);
 }
 
 absl::Status Residents::Start(const ResidentLaunch& launch) {

@@ -22,7 +22,7 @@ namespace clusterkv::cache_service {
 class ResidentEnd {
  public:
   virtual ~ResidentEnd() = default;
-  virtual int pairs() const = 0;  // of a round
+  virtual ResidentRound round() const = 0;
   // Starts a kernel that serves it and `others`, of the same class. Both do nothing where there is
   // nothing to do.
   virtual absl::Status Start(const ResidentPlace& place,
@@ -71,12 +71,12 @@ class Residents {
   // Errors: Unavailable beside resident kernels.
   absl::StatusOr<NcclPlace> TakeNcclPlace();
 
-  // Returns launch(blocks_per_pair) for a select of so many pairs, which finds its place beside the
-  // resident kernels: none starts meanwhile.
+  // Returns launch(blocks_per_pair) for such a select, which finds its place beside the resident
+  // kernels: none starts meanwhile.
   template <typename Launch>
-  auto LaunchSelect(int pairs, const Launch& launch) {
+  auto LaunchSelect(const ResidentRound& round, const Launch& launch) {
     absl::MutexLock lock(&launch_mutex_);
-    return launch(SelectBlocksPerPair(multiprocessors_, held_, pairs));
+    return launch(SelectBlocksPerPair(multiprocessors_, held_, round));
   }
 
  private:

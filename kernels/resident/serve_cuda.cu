@@ -38,6 +38,7 @@ struct GroupPlan {
 template <int kGroups>
 struct ServePlan {
   int groups, blocks, clusters;  // clusters: of the grid, each answers a pair at a time
+  bool large;                    // a group's plan is
   int own_offset;                // of Own in shared memory
   GroupPlan of[kGroups];
 };
@@ -51,9 +52,9 @@ struct Own {
   uint64_t tickets[kMaxTogether];                      // of each group
   // Groups that have a ticket: what is answered first where the queries of several are there.
   int order[kMaxTogether], held;
-  float asked;                // place in `order`; kNobody
-  float came[kAnswerBlocks];  // of the cluster's blocks: 1: its queries are there
-  float queries[kAnswerHeads * kAnswerDim];
+  float asked;                               // place in `order`; kNobody
+  float came[kAnswerBlocks];                 // of the cluster's blocks: 1: its queries are there
+  float queries[kAnswerHeads * kAnswerDim];  // of the block's quad
 };
 constexpr uint64_t kNoTicket = ~uint64_t{0};
 constexpr int kNobody = -1;
@@ -88,6 +89,17 @@ __device__ void Reorder(const GroupPlan& group, int g, uint64_t next, Own& own) 
     for (int i = 0; i < own.held; ++i) own.order[i] = own.order[i + 1];
   }
   if (next != kNoTicket) own.order[own.held++] = g;
+}
+
+// A group's workspace: a cluster's ticket each, then what an answer has in memory.
+template <int kGroups>
+__host__ __device__ int64_t TicketBytes(const ServePlan<kGroups>& plan) {
+  return resident::RoundUp(int64_t{plan.clusters} * 8);
+}
+template <int kGroups>
+__device__ void* FarOf(const ServePlan<kGroups>& plan, const GroupPlan& group, int cluster) {
+  return static_cast<unsigned char*>(group.params.workspace) + TicketBytes(plan) +
+         cluster * AnswerFarBytes(group.params.select);
 }
 
 // The next pair of group g's queue, the same for all blocks of the cluster: own.tickets[g],
@@ -229,17 +241,18 @@ __device__ bool AwaitGroup(const ServePlan<kGroups>& plan, int rank, Own& own) {
   return true;
 }
 
-// Waits for the pair's queries and leaves them as floats in own.queries. False: the kernel is to
-// end.
+// Waits for the pair's queries, the block those of its heads, and leaves these as floats in
+// own.queries. False: the kernel is to end.
 template <int kGroups>
 __device__ bool AwaitQueries(const ServePlan<kGroups>& plan, const GroupPlan& group,
-                             const Ticket& ticket, int rank, Own& own) {
+                             const Ticket& ticket, int first_head, int heads, int rank, Own& own) {
   const ServeParams& p = group.params;
   const ResidentShape& s = p.shape;
-  const uint4* lines = group.windows.Queries(p.requests, ticket.pair);
+  const int head_lines = group.windows.head_lines;
+  const uint4* lines = group.windows.Queries(p.requests, ticket.pair) + first_head * head_lines;
   const uint64_t since = DeviceNanoseconds();
   bool came = true;
-  for (int i = threadIdx.x; came && i < group.windows.query_lines; i += kThreads) {
+  for (int i = threadIdx.x; came && i < heads * head_lines; i += kThreads) {
     uint32_t word[2] = {0, 0};
     came = Poll([&] { return LoadLine(lines + i, ticket.flag, &word[0], &word[1]); },
                 [&] { return GivesUp(plan, p, since); });
@@ -256,6 +269,7 @@ __device__ bool AwaitQueries(const ServePlan<kGroups>& plan, const GroupPlan& gr
 }
 
 // What becomes of an answer (PairAnswer::Answer).
+template <typename Answer>
 struct Sender {
   const GroupPlan& plan;
   const Ticket& ticket;
@@ -275,7 +289,7 @@ struct Sender {
 
   // Resolves the directory, sends the slots of the records that the hot cache has, and begins to
   // send the records that it lacks.
-  __device__ void Exact(PairAnswer<kThreads>& answer) {
+  __device__ void Exact(Answer& answer) {
     const ServeParams& p = plan.params;
     const ResidentShape& s = p.shape;
     const int lane = threadIdx.x % kWarp, warp = threadIdx.x / kWarp;
@@ -319,7 +333,7 @@ struct Sender {
 
   // The slots of the records that Exact sent: when they are there, which takes each warp that sent
   // some as long as the link.
-  __device__ void Pushed(PairAnswer<kThreads>&) const {
+  __device__ void Pushed(Answer&) const {
     const int lane = threadIdx.x % kWarp, warp = threadIdx.x / kWarp;
     if (warp >= missing) return;
     __threadfence_system();
@@ -334,7 +348,7 @@ struct Sender {
     }
   }
 
-  __device__ void Selection(PairAnswer<kThreads>& answer) const {
+  __device__ void Selection(Answer& answer) const {
     const ServeParams& p = plan.params;
     const int count = min(answer.ExactCount(), p.shape.max_exact);
     if (p.positions != nullptr) {
@@ -348,21 +362,21 @@ struct Sender {
   }
 
   // Two numbers per line; a block's share is even.
-  __device__ void State(PairAnswer<kThreads>& answer, bool any) const {
-    const int numbers = plan.params.shape.group * kAnswerDim, share = answer.StateShare();
-    const int first = answer.rank() * share;
+  __device__ void State(Answer& answer, bool any) const {
+    const int numbers = plan.params.shape.group * kAnswerDim;
     uint4* lines = plan.windows.State(plan.params.replies, ticket.pair);
     const int i = 2 * static_cast<int>(threadIdx.x);
-    if (i < share && first + i < numbers) {
-      StoreLine(lines + (first + i) / 2, __float_as_uint(answer.StateNumber(i, any)),
+    if (i < answer.StateCount()) {
+      StoreLine(lines + (answer.StateBegin() + i) / 2, __float_as_uint(answer.StateNumber(i, any)),
                 __float_as_uint(answer.StateNumber(i + 1, any)), ticket.flag);
     }
     // Log-sum-exps, by a warp that has no numbers where there is one.
-    const int head = 2 * (kThreads - 1 - static_cast<int>(threadIdx.x));
-    if (answer.rank() == 0 && head < plan.params.shape.group) {
-      const bool both = head + 1 < plan.params.shape.group;
-      StoreLine(lines + (numbers + head) / 2, __float_as_uint(answer.StateLse(head, any)),
-                both ? __float_as_uint(answer.StateLse(head + 1, any)) : 0u, ticket.flag);
+    const int head = 2 * (kThreads - 1 - static_cast<int>(threadIdx.x)), heads = answer.LseCount();
+    if (head < heads) {
+      StoreLine(lines + (numbers + answer.FirstHead() + head) / 2,
+                __float_as_uint(answer.StateLse(head, any)),
+                head + 1 < heads ? __float_as_uint(answer.StateLse(head + 1, any)) : 0u,
+                ticket.flag);
     }
   }
 };
@@ -377,7 +391,8 @@ __device__ __forceinline__ int Uniform(int x) {
 #endif
 }
 
-template <int kGroups>
+// kLarge: plan.large.
+template <int kGroups, bool kLarge>
 __global__ void __launch_bounds__(kThreads, 1)
     ServeKernel(const __grid_constant__ ServePlan<kGroups> plan) {
   constexpr bool kTogether = kGroups > 1;
@@ -401,7 +416,8 @@ __global__ void __launch_bounds__(kThreads, 1)
     const Ticket ticket = TicketOf(group, own.tickets[g]);
     const int64_t row = int64_t{ticket.layer} * p.shape.pairs + ticket.pair;
     const SelectCudaPair& pair = p.pairs[row];
-    PairAnswer<kThreads> answer(group.answer, 0, rank);
+    using Answer = PairAnswer<kThreads, kLarge>;
+    Answer answer(group.answer, 0, rank, FarOf(plan, group, cluster));
     answer.Begin(pair);
     Prefetch(group, pair, rank);
     if constexpr (kTogether) {
@@ -412,13 +428,13 @@ __global__ void __launch_bounds__(kThreads, 1)
         continue;
       }
     }
-    if (!AwaitQueries(plan, group, ticket, rank, own)) return;
+    if (!AwaitQueries(plan, group, ticket, answer.FirstHead(), answer.Heads(), rank, own)) return;
     resident::DirectoryEntry before = {-1, -1};
     if (rank == blocks - 1 && static_cast<int>(threadIdx.x) < p.shape.slots) {
       before = static_cast<const resident::DirectoryEntry*>(
           p.directory)[row * p.shape.slots + threadIdx.x];
     }
-    Sender sender = {group, ticket, pair, before, own};
+    Sender<Answer> sender = {group, ticket, pair, before, own};
     answer.PrepareQueries(own.queries);
     answer.Answer(sender);
     takes = true;
@@ -433,13 +449,18 @@ __global__ void ForgetKernel(resident::DirectoryEntry* directory, int pairs, int
   for (int i = threadIdx.x; i < slots; i += blockDim.x) entries[i] = {-1, i};
 }
 
+template <int kGroups>
+auto KernelOf(const ServePlan<kGroups>& plan) {
+  return plan.large ? ServeKernel<kGroups, true> : ServeKernel<kGroups, false>;
+}
+
 // Clusters that the device can run at once: what is launched beyond them would only start when
 // others end.
 template <int kGroups>
-int ServeClusters(int blocks) {
-  static KnownClusters known;
-  return ResidentClusters(ReadLimits(), reinterpret_cast<const void*>(&ServeKernel<kGroups>),
-                          kThreads, blocks, known);
+int ServeClusters(const ServePlan<kGroups>& plan) {
+  static KnownClusters known[2];
+  return ResidentClusters(ReadLimits(), reinterpret_cast<const void*>(KernelOf(plan)), kThreads,
+                          plan.blocks, known[plan.large]);
 }
 
 bool MakeGroupPlan(const ServeParams& p, GroupPlan* plan) {
@@ -454,8 +475,9 @@ bool MakeGroupPlan(const ServeParams& p, GroupPlan* plan) {
   plan->params = p;
   plan->windows = resident::MakeWindowLayout(s);
   plan->record_bytes = resident::RecordBytes(s);
-  return MakeAnswerPlan(p.select, blocks, kThreads, ReadLimits().shared_bytes - kOwnBytes,
-                        &plan->answer);
+  const int64_t room = ReadLimits().shared_bytes - kOwnBytes;
+  return MakeAnswerPlan(p.select, blocks, kThreads, room, false, &plan->answer) ||
+         MakeAnswerPlan(p.select, blocks, kThreads, room, true, &plan->answer);
 }
 
 template <int kGroups>
@@ -471,11 +493,11 @@ bool MakeServePlan(const ServeParams* groups, int count, ServePlan<kGroups>* pla
         p.idle_ns != first.idle_ns || !MakeGroupPlan(p, &plan->of[g])) {
       return false;
     }
+    plan->large = plan->large || IsLarge(plan->of[g].answer);
     plan->clusters = min(plan->clusters, p.shape.layers * p.shape.pairs);
     plan->own_offset = max(plan->own_offset, (plan->of[g].answer.shared_bytes + 15) / 16 * 16);
   }
-  plan->clusters =
-      min(plan->clusters, min(first.blocks / plan->blocks, ServeClusters<kGroups>(plan->blocks)));
+  plan->clusters = min(plan->clusters, min(first.blocks / plan->blocks, ServeClusters(*plan)));
   return plan->clusters > 0;
 }
 
@@ -490,7 +512,9 @@ int64_t ServeWorkspaceBytes(const ServeParams& params, int32_t* pairs_at_once) {
   ServePlan<1> plan = {};
   const bool valid = MakeServePlan(&params, 1, &plan);
   if (pairs_at_once != nullptr) *pairs_at_once = valid ? plan.clusters : 0;
-  return valid ? resident::RoundUp(int64_t{plan.clusters} * 8) : 0;
+  if (!valid) return 0;
+  return TicketBytes(plan) +
+         (plan.of[0].answer.far ? plan.clusters * AnswerFarBytes(params.select) : 0);
 }
 
 int32_t MostServedClusters(ServeParams params) {
@@ -513,10 +537,9 @@ cudaError_t LaunchGroups(const ServeParams* groups, int count, cudaStream_t stre
     uint64_t* const tickets = &groups[g].control->tickets;
     CKV_RETURN_IF_CUDA_ERROR(cudaMemsetAsync(tickets, 0, sizeof(*tickets), stream));
   }
-  return cuda::Launch(ServeKernel<kGroups>,
-                      dim3(static_cast<unsigned>(plan.clusters * plan.blocks)), dim3(kThreads),
-                      static_cast<size_t>(plan.own_offset) + sizeof(Own), plan.blocks, stream,
-                      plan);
+  return cuda::Launch(KernelOf(plan), dim3(static_cast<unsigned>(plan.clusters * plan.blocks)),
+                      dim3(kThreads), static_cast<size_t>(plan.own_offset) + sizeof(Own),
+                      plan.blocks, stream, plan);
 }
 
 cudaError_t Launch(const ServeParams* groups, int count, cudaStream_t stream) {

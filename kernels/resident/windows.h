@@ -19,7 +19,8 @@ struct alignas(8) DirectoryEntry {
 };
 
 struct WindowLayout {
-  int query_lines;   // of a pair: its queries' words, two per line
+  int head_lines;    // of a query: its words, two per line
+  int query_lines;   // of a pair
   int state_floats;  // of a pair: [group, head_dim], then log-sum-exp [group]
   int state_lines;
   int64_t entries_bytes;  // of all pairs: where the state's lines begin in the reply window
@@ -41,12 +42,13 @@ struct WindowLayout {
   }
 };
 
-inline int64_t RoundUp(int64_t bytes) { return (bytes + 255) / 256 * 256; }
+__host__ __device__ inline int64_t RoundUp(int64_t bytes) { return (bytes + 255) / 256 * 256; }
 
 inline WindowLayout MakeWindowLayout(const ResidentShape& s) {
   WindowLayout layout = {};
-  const int words = s.group * s.head_dim * static_cast<int>(ElementBytes(s.query_type)) / 4;
-  layout.query_lines = words / 2;
+  const int words = s.head_dim * static_cast<int>(ElementBytes(s.query_type)) / 4;
+  layout.head_lines = words / 2;
+  layout.query_lines = s.group * layout.head_lines;
   layout.state_floats = s.group * (s.head_dim + 1);
   layout.state_lines = (layout.state_floats + 1) / 2;
   layout.entries_bytes = RoundUp(int64_t{s.pairs} * s.max_exact * 8);

@@ -6,10 +6,14 @@
 
 namespace clusterkv::kernels {
 
-// As LaunchSelect, which calls it first. False where the shape is not the usual one or
+// Bytes of LaunchAnswer's workspace.
+int64_t AnswerWorkspaceBytes(const SelectCudaParams& params, int32_t pairs);
+
+// As LaunchSelect, which calls it first. False where the shape is not a usual one or
 // params.general asks for the other kernel: nothing is launched then.
 bool LaunchAnswer(const SelectCudaParams& params, const SelectCudaPair* pairs, int32_t pair_count,
-                  const SelectCudaOutput& output, cudaStream_t stream, cudaError_t* error);
+                  const SelectCudaOutput& output, void* workspace, cudaStream_t stream,
+                  cudaError_t* error);
 
 }  // namespace clusterkv::kernels
 

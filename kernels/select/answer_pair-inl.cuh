@@ -7,8 +7,9 @@ namespace clusterkv::kernels::cuda {
 // ---- what needs no query
 // ------------------------------------------------------------------------
 
-template <int kThreads>
-__device__ __forceinline__ void PairAnswer<kThreads>::CopyParts(const SelectCudaPair& pair) {
+template <int kThreads, bool kLarge>
+__device__ __forceinline__ void PairAnswer<kThreads, kLarge>::CopyParts(
+    const SelectCudaPair& pair) {
   constexpr int kWords = sizeof(DeviceIndexPart) / 8;
   static_assert(sizeof(DeviceIndexPart) % 8 == 0);
   const DeviceIndexPart* parts = pair.parts;
@@ -26,8 +27,8 @@ __device__ __forceinline__ void PairAnswer<kThreads>::CopyParts(const SelectCuda
 }
 
 // Page numbers of what is read after the choice of clusters: one trip to memory less then.
-template <int kThreads>
-__device__ __forceinline__ void PairAnswer<kThreads>::PrefetchPages() {
+template <int kThreads, bool kLarge>
+__device__ __forceinline__ void PairAnswer<kThreads, kLarge>::PrefetchPages() {
   constexpr int kViews = 4, kLineBytes = 128;
   for (int i = thread_; i < kViews * part_count_; i += kThreads) {
     const DeviceIndexPart& part = parts_[i / kViews];
@@ -46,8 +47,8 @@ __device__ __forceinline__ void PairAnswer<kThreads>::PrefetchPages() {
   }
 }
 
-template <int kThreads>
-__device__ __forceinline__ void PairAnswer<kThreads>::LoadSizes() {
+template <int kThreads, bool kLarge>
+__device__ __forceinline__ void PairAnswer<kThreads, kLarge>::LoadSizes() {
   int* slots = Array<int>(plan_.slots);
   for (int k = 0; k < part_count_; ++k) {
     const DeviceIndexPart& part = parts_[k];
@@ -77,15 +78,16 @@ __device__ __forceinline__ void PairAnswer<kThreads>::LoadSizes() {
 }
 
 // Row lane % 16 of the tile; behind the last cluster the last.
-template <int kThreads>
-__device__ __forceinline__ const unsigned char* PairAnswer<kThreads>::CentroidOfTile(
+template <int kThreads, bool kLarge>
+__device__ __forceinline__ const unsigned char* PairAnswer<kThreads, kLarge>::CentroidOfTile(
     int tile) const {
   const int cluster = min(tile * kAnswerTile + lane_ % kAnswerTile, clusters_ - 1);
   const DeviceIndexPart& part = PartOf(cluster);
   return Element(part.centroids, part.clusters, cluster - part.first_cluster);
 }
-template <int kThreads>
-__device__ __forceinline__ unsigned char* PairAnswer<kThreads>::CentroidRing(int turn) const {
+template <int kThreads, bool kLarge>
+__device__ __forceinline__ unsigned char* PairAnswer<kThreads, kLarge>::CentroidRing(
+    int turn) const {
   return Array<unsigned char>(plan_.centroids) +
          (warp_ * plan_.centroid_stages + turn) * kAnswerSliceBytes;
 }
@@ -93,8 +95,8 @@ __device__ __forceinline__ unsigned char* PairAnswer<kThreads>::CentroidRing(int
 // The warp's next slice of centroids on its way to place `turn` of the ring, 16 rows of
 // kAnswerSliceRow bytes; none behind the last tile. One group of copies. The halves of every other
 // row change places: so lanes that read two rows at once find them in different banks.
-template <int kThreads>
-__device__ __forceinline__ void PairAnswer<kThreads>::FetchCentroids(int turn) {
+template <int kThreads, bool kLarge>
+__device__ __forceinline__ void PairAnswer<kThreads, kLarge>::FetchCentroids(int turn) {
   constexpr int kCopies = kAnswerTile / 4;
   if (tile_ < tile_end_) {
     const int row = lane_ / 8, chunk = lane_ % 8;
@@ -119,8 +121,8 @@ __device__ __forceinline__ void PairAnswer<kThreads>::FetchCentroids(int turn) {
   CopyAsyncCommit();
 }
 
-template <int kThreads>
-__device__ __forceinline__ void PairAnswer<kThreads>::Begin(const SelectCudaPair& pair) {
+template <int kThreads, bool kLarge>
+__device__ __forceinline__ void PairAnswer<kThreads, kLarge>::Begin(const SelectCudaPair& pair) {
   CopyParts(pair);
   for (int i = thread_; i < kHistogramBins; i += kThreads) {
     s_.threshold.histogram[i] = 0;
@@ -171,11 +173,10 @@ __device__ __forceinline__ float PowerOfTwo(int exponent) {
 // column head + 4 what these lack. Divided by a power of two, which is returned, that brings its
 // largest channel to [2^11, 2^12). channel(step, t, j): which one is number j of lane t of a
 // product, in the order in which lanes read what it is multiplied by.
-template <int kThreads>
+template <int kThreads, bool kLarge>
 template <typename Channel>
-__device__ __forceinline__ float PairAnswer<kThreads>::MakeOperands(const float* query, int head,
-                                                                    uint2 (*operands)[kWarp],
-                                                                    const Channel& channel) {
+__device__ __forceinline__ float PairAnswer<kThreads, kLarge>::MakeOperands(
+    const float* query, int head, uint2 (*operands)[kWarp], const Channel& channel) {
   static_assert(kAnswerDim == 4 * kWarp);
   float largest = 0;
 #pragma unroll
@@ -197,8 +198,9 @@ __device__ __forceinline__ float PairAnswer<kThreads>::MakeOperands(const float*
 }
 
 // Scales' factors of products with codes, then lows', over kSumUnit: sums of 32 numbers below 2^12.
-template <int kThreads>
-__device__ __forceinline__ void PairAnswer<kThreads>::PrepareCodeSums(int head, float inverse) {
+template <int kThreads, bool kLarge>
+__device__ __forceinline__ void PairAnswer<kThreads, kLarge>::PrepareCodeSums(int head,
+                                                                              float inverse) {
   float sums[kAnswerGroups];
 #pragma unroll
   for (int g = 0; g < kAnswerGroups; ++g) sums[g] = WarpSum(s_.balanced[head][g * kWarp + lane_]);
@@ -214,13 +216,13 @@ __device__ __forceinline__ void PairAnswer<kThreads>::PrepareCodeSums(int head, 
 }
 
 // A warp for each head and operand.
-template <int kThreads>
-__device__ __forceinline__ void PairAnswer<kThreads>::PrepareQueries(const float* queries) {
+template <int kThreads, bool kLarge>
+__device__ __forceinline__ void PairAnswer<kThreads, kLarge>::PrepareQueries(const float* queries) {
   const int channel = thread_ % kAnswerDim;
 #pragma unroll
   for (int k = 0; k < kAnswerHeads * kAnswerDim / kThreads; ++k) {
     const int h = thread_ / kAnswerDim + k * (kThreads / kAnswerDim);
-    const float query = h < plan_.params.group ? queries[h * kAnswerDim + channel] : 0.0f;
+    const float query = h < Heads() ? queries[h * kAnswerDim + channel] : 0.0f;
     const float raw = query * plan_.params.scale * kLog2E;
     s_.raw[h][channel] = raw;
     s_.query[h][channel] = raw / weight_;
@@ -251,8 +253,8 @@ __device__ __forceinline__ void PairAnswer<kThreads>::PrepareQueries(const float
 
 // Of a product of 16 rows whose columns are four heads' high and low parts: the four heads of row
 // r (even lanes) or r + 8 (odd lanes).
-template <int kThreads>
-__device__ __forceinline__ float4 PairAnswer<kThreads>::TileRow(float (&sum)[4]) const {
+template <int kThreads, bool kLarge>
+__device__ __forceinline__ float4 PairAnswer<kThreads, kLarge>::TileRow(float (&sum)[4]) const {
 #pragma unroll
   for (int i = 0; i < 4; ++i) sum[i] += __shfl_xor_sync(kFullMask, sum[i], 2);
   const bool odd = lane_ % 2 == 1;
@@ -261,24 +263,24 @@ __device__ __forceinline__ float4 PairAnswer<kThreads>::TileRow(float (&sum)[4])
   return odd ? make_float4(get0, get1, sum[2], sum[3]) : make_float4(sum[0], sum[1], get0, get1);
 }
 
-// Gives a row that TileRow returned to every block; lanes 2 apart share the blocks.
-template <int kThreads>
-__device__ __forceinline__ void PairAnswer<kThreads>::Publish(float4* rows, int row,
-                                                              float4 logits) {
+// Gives a row that TileRow returned to every block of the quad, in whose shared memory it has one
+// place; lanes 2 apart share the blocks.
+template <int kThreads, bool kLarge>
+__device__ __forceinline__ void PairAnswer<kThreads, kLarge>::Publish(float4* row, float4 logits) {
   const int first = lane_ / 2 % 2;
-  if (plan_.blocks == 1) {
-    if (first == 0) rows[row] = logits;
+  if (plan_.quad_blocks == 1) {
+    if (first == 0) *row = logits;
     return;
   }
 #pragma unroll 1
-  for (int k = first; k < plan_.blocks; k += 2) StoreToBlock(rows + row, k, logits);
+  for (int k = first; k < plan_.quad_blocks; k += 2) StoreToBlock(row, BlockOf(k), logits);
 }
 
 // Adds the products of a tile's slice with the query to sums: several chains, for sums of many
 // products lose bits.
-template <int kThreads>
-__device__ __forceinline__ void PairAnswer<kThreads>::MultiplySlice(int slice, int turn,
-                                                                    float (&sums)[4][4]) {
+template <int kThreads, bool kLarge>
+__device__ __forceinline__ void PairAnswer<kThreads, kLarge>::MultiplySlice(int slice, int turn,
+                                                                            float (&sums)[4][4]) {
   const int r = lane_ / 4, t = lane_ % 4;
   const unsigned char* rows = CentroidRing(turn) + r * kAnswerSliceRow + 16 * t;
   uint4 x[2][2];
@@ -303,8 +305,8 @@ __device__ __forceinline__ void PairAnswer<kThreads>::MultiplySlice(int slice, i
   }
 }
 
-template <int kThreads>
-__device__ __forceinline__ void PairAnswer<kThreads>::ScoreCentroids() {
+template <int kThreads, bool kLarge>
+__device__ __forceinline__ void PairAnswer<kThreads, kLarge>::ScoreCentroids() {
   int begin, end, turn = 0;
   Share(clusters_, &begin, &end);
 #pragma unroll 1
@@ -322,13 +324,18 @@ __device__ __forceinline__ void PairAnswer<kThreads>::ScoreCentroids() {
     for (int i = 0; i < 4; ++i) sum[i] = (sums[0][i] + sums[1][i]) + (sums[2][i] + sums[3][i]);
     const float4 logits = Mul4(TileRow(sum), s_.centroid_unit);
     const int cluster = tile * kAnswerTile + lane_ / 4 + lane_ % 2 * 8;
-    if (cluster < clusters_) Publish(ClusterLogits(), cluster, logits);
+    if (cluster >= clusters_) continue;
+    if (!IsFar()) {
+      Publish(Array<float4>(plan_.cluster_logits) + cluster, logits);
+    } else if (lane_ / 2 % 2 == 0) {
+      far_[cluster] = logits;
+    }
   }
 }
 
 // Sinks' logits by their keys as they came.
-template <int kThreads>
-__device__ __forceinline__ void PairAnswer<kThreads>::ScoreSinks() {
+template <int kThreads, bool kLarge>
+__device__ __forceinline__ void PairAnswer<kThreads, kLarge>::ScoreSinks() {
   if (!plan_.refine) return;
   float* logits = Array<float>(plan_.sinks);
   for (int i = kWarps - 1 - warp_; i < sinks_; i += kWarps) {
@@ -354,8 +361,8 @@ __device__ __forceinline__ uint32_t WordOfFour(const uint4& x, int i) {
 // ---- phases 2 and 4: ranks
 // -----------------------------------------------------------------------
 
-// Items to rank and choose among: clusters, or tokens. Offsets into dynamic shared memory, so that
-// the compiler knows where they point.
+// Items to rank and choose among: clusters, or tokens. Arrays are offsets into dynamic shared
+// memory, so that the compiler knows where they point.
 struct AnswerItems {
   int shared;  // AnswerShared
   int logits;  // float4 [n]
@@ -364,8 +371,17 @@ struct AnswerItems {
   int keys;    // [n]
   int sinks;   // float4 [sink_count]: beside them in the softmax
   int n, sink_count;
-  int group;
-  int room;  // items are chosen in order of rank until their sizes fill it; the last one is cut
+  int heads;
+  int room;    // items are chosen in order of rank until their sizes fill it; the last one is cut
+  int peer;    // the other quad's block that chooses the same; -1: there is none
+  int blocks;  // of the cluster
+  const float4* far;  // the logits, where they are in memory, else null
+
+  template <bool kLarge>
+  __device__ __forceinline__ float4 Logits(int i) const {
+    if (kLarge && far != nullptr) return LoadFar(far + i);
+    return reinterpret_cast<const float4*>(SharedMemory() + logits)[i];
+  }
 };
 
 // The range of keys, of 2^-6 in log2 of the rank, that a key is in, counted from a rank of 2^3; the
@@ -398,44 +414,31 @@ __device__ __forceinline__ int2 CountBefore(const ThresholdScratch& t, int candi
 }
 
 // Of each head: log2 of the sum of 2^logit; +infinity for heads that there are not. One barrier.
-template <int kThreads>
+template <int kThreads, bool kLarge>
 __device__ __forceinline__ float4 SoftmaxLogSums(const AnswerItems& items, AnswerShared& s) {
   constexpr int kWarps = kThreads / kWarp;
   const int thread = static_cast<int>(threadIdx.x), lane = thread % kWarp, warp = thread / kWarp;
-  const float4* logits = reinterpret_cast<const float4*>(SharedMemory() + items.logits);
   const float4* sinks = reinterpret_cast<const float4*>(SharedMemory() + items.sinks);
   const int* sizes = reinterpret_cast<const int*>(SharedMemory() + items.sizes);
-  constexpr int kBatch = 4;
+  // Loads from memory in flight; else short code, which is read anew for each query.
+  [[maybe_unused]] constexpr int kUnroll = kLarge ? 4 : 1;
   float4 largest = Filled4(kAnswerNegativeInfinity), sum = Filled4(0);
-  // Adds `x` of up to kBatch items to the thread's running softmax.
-  const auto add = [&](const float4(&x)[kBatch]) {
-    float4 more = largest;
-#pragma unroll
-    for (int j = 0; j < kBatch; ++j) more = Max4(more, x[j]);
-    const float4 shift = ZeroIfNone4(more);
-    sum = Mul4(sum, Exp2Of4(largest, shift));
-    largest = more;
-#pragma unroll
-    for (int j = 0; j < kBatch; ++j) sum = Add4(sum, Exp2Of4(x[j], shift));
-  };
+#pragma unroll kUnroll
+  for (int i = thread; i < items.n; i += kThreads) {
+    if (items.sizes < 0 || sizes[i] > 0) largest = Max4(largest, items.Logits<kLarge>(i));
+  }
 #pragma unroll 1
-  for (int first = thread; first < items.n; first += kBatch * kThreads) {
-    float4 x[kBatch];
-#pragma unroll
-    for (int j = 0; j < kBatch; ++j) {
-      const int i = first + j * kThreads;
-      const bool there = i < items.n && (items.sizes < 0 || sizes[i] > 0);
-      x[j] = there ? logits[i] : Filled4(kAnswerNegativeInfinity);
-    }
-    add(x);
+  for (int i = thread; i < items.sink_count; i += kThreads) largest = Max4(largest, sinks[i]);
+  const float warp_largest = WarpJoin4<false>(largest);
+  const float4 shift = Spread4(ZeroIfNone(warp_largest), 8);
+#pragma unroll kUnroll
+  for (int i = thread; i < items.n; i += kThreads) {
+    if (items.sizes < 0 || sizes[i] > 0) sum = Add4(sum, Exp2Of4(items.Logits<kLarge>(i), shift));
   }
 #pragma unroll 1
   for (int i = thread; i < items.sink_count; i += kThreads) {
-    const float4 none = Filled4(kAnswerNegativeInfinity), x[kBatch] = {sinks[i], none, none, none};
-    add(x);
+    sum = Add4(sum, Exp2Of4(sinks[i], shift));
   }
-  const float warp_largest = WarpJoin4<false>(largest);
-  sum = Mul4(sum, Exp2Of4(largest, Spread4(ZeroIfNone(warp_largest), 8)));
   const float warp_sum = WarpJoin4<true>(sum);
   if (lane % 8 == 0) {
     s.warp_max[4 * warp + lane / 8] = warp_largest;
@@ -457,18 +460,41 @@ __device__ __forceinline__ float4 SoftmaxLogSums(const AnswerItems& items, Answe
     total += __shfl_xor_sync(kFullMask, total, offset);
   }
   const float log_sum = total > 0 ? all + log2f(total) : 0.0f;
-  return Spread4(lane % 4 < items.group ? log_sum : -kAnswerNegativeInfinity, 1);
+  return Spread4(lane % 4 < items.heads ? log_sum : -kAnswerNegativeInfinity, 1);
+}
+
+// log2 of 2^x + 2^y; the same whichever comes first.
+__device__ __forceinline__ float Log2OfSum(float x, float y) {
+  const float largest = ZeroIfNone(fmaxf(x, y));
+  return largest + Log2(Exp2(x - largest) + Exp2(y - largest));
 }
 
 // keys = RankKey of the sum over the heads of the softmax, and how many items and how much size
-// each range of keys has. Logarithms, so that nothing underflows. Two barriers.
-template <int kThreads>
+// each range of keys has. Logarithms, so that nothing underflows. Two barriers, and where there is
+// another quad one of the cluster.
+template <int kThreads, bool kLarge>
 __device__ __forceinline__ void RankItems(const AnswerItems& items, AnswerShared& s) {
-  const float4* logits = reinterpret_cast<const float4*>(SharedMemory() + items.logits);
   const int* sizes = reinterpret_cast<const int*>(SharedMemory() + items.sizes);
   uint32_t* keys = reinterpret_cast<uint32_t*>(SharedMemory() + items.keys);
-  const float4 log_sum = SoftmaxLogSums<kThreads>(items, s);
-  constexpr int kBatch = 4;  // loads in flight: none may pass a store
+  const float4 log_sum = SoftmaxLogSums<kThreads, kLarge>(items, s);
+  const auto share_of = [&log_sum](float4 x) {
+    const float4 y =
+        make_float4(x.x - log_sum.x, x.y - log_sum.y, x.z - log_sum.z, x.w - log_sum.w);
+    const float largest = ZeroIfNone(fmaxf(fmaxf(y.x, y.y), fmaxf(y.z, y.w)));
+    const float4 part = Exp2Of4(y, Filled4(largest));
+    return largest + Log2((part.x + part.y) + (part.z + part.w));
+  };
+  const bool two = kLarge && items.peer >= 0;
+  float* shares = reinterpret_cast<float*>(keys);  // the other quad's, until keys take their place
+  if (two) {
+    for (int i = static_cast<int>(threadIdx.x); i < items.n; i += kThreads) {
+      StoreToBlock(shares + i, items.peer, share_of(items.Logits<kLarge>(i)));
+    }
+    __syncwarp();
+    ClusterArrive(items.blocks);
+    ClusterWait(items.blocks);
+  }
+  constexpr int kBatch = kLarge ? 4 : 1;  // loads from memory in flight: none may pass a store
 #pragma unroll 1
   for (int first = static_cast<int>(threadIdx.x); first < items.n; first += kBatch * kThreads) {
     float4 x[kBatch];
@@ -476,17 +502,15 @@ __device__ __forceinline__ void RankItems(const AnswerItems& items, AnswerShared
 #pragma unroll
     for (int j = 0; j < kBatch; ++j) {
       const int i = min(first + j * kThreads, items.n - 1);
-      x[j] = logits[i];
+      x[j] = items.Logits<kLarge>(i);
       size[j] = items.sizes < 0 ? 1 : sizes[i];
     }
 #pragma unroll
     for (int j = 0; j < kBatch; ++j) {
-      const float4 y = make_float4(x[j].x - log_sum.x, x[j].y - log_sum.y, x[j].z - log_sum.z,
-                                   x[j].w - log_sum.w);
-      const float largest = ZeroIfNone(fmaxf(fmaxf(y.x, y.y), fmaxf(y.z, y.w)));
-      const float4 share = Exp2Of4(y, Filled4(largest));
-      const uint32_t key = RankKey(largest + Log2((share.x + share.y) + (share.z + share.w)));
-      const int i = first + j * kThreads, bin = AnswerRange(key);
+      const int i = first + j * kThreads;
+      const float share = share_of(x[j]);
+      const uint32_t key = RankKey(two ? Log2OfSum(share, i < items.n ? shares[i] : 0.0f) : share);
+      const int bin = AnswerRange(key);
       if (i >= items.n) break;
       keys[i] = key;
       if (size[j] <= 0) continue;
@@ -554,7 +578,7 @@ __device__ __forceinline__ void FindRange(int target, AnswerShared& s, int* foun
 // Chooses items; where the last one is among too many of nearly its rank, more than
 // kThresholdCandidates, it is left to ChooseSlowly. A function of its own: its second caller finds
 // its instructions at hand.
-template <int kThreads>
+template <int kThreads, bool kLarge>
 __device__ __noinline__ void ChooseItems(AnswerItems items) {
   AnswerShared& s = *reinterpret_cast<AnswerShared*>(SharedMemory() + items.shared);
   int* sizes = reinterpret_cast<int*>(SharedMemory() + items.sizes);
@@ -562,7 +586,7 @@ __device__ __noinline__ void ChooseItems(AnswerItems items) {
   const uint32_t* keys = reinterpret_cast<const uint32_t*>(SharedMemory() + items.keys);
   ThresholdScratch& t = s.threshold;
   const int thread = static_cast<int>(threadIdx.x), room = items.room;
-  RankItems<kThreads>(items, s);
+  RankItems<kThreads, kLarge>(items, s);
   FindRange<kThreads, true>(room, s, &s.found_bin, &s.found_tokens, &s.found_count);
   const int bin = s.found_bin;
   const bool all = bin < 0 && room > 0;
@@ -609,8 +633,8 @@ __device__ __noinline__ void ChooseItems(AnswerItems items) {
 // ---------------------------------------------------------------------------
 
 // Marks the `wanted` clusters that follow in rank those that ChooseItems chose: their kind is 2.
-template <int kThreads>
-__device__ __forceinline__ void PairAnswer<kThreads>::ChooseEstimated(int wanted) {
+template <int kThreads, bool kLarge>
+__device__ __forceinline__ void PairAnswer<kThreads, kLarge>::ChooseEstimated(int wanted) {
   ThresholdScratch& t = s_.threshold;
   const int end = s_.touched + wanted, candidates = s_.candidates;
   for (int c = thread_; c < candidates; c += kThreads) {
@@ -675,8 +699,8 @@ __device__ __noinline__ void ChooseSlowly(AnswerItems items, bool choose, int wa
   }
 }
 
-template <int kThreads>
-__device__ __forceinline__ void PairAnswer<kThreads>::ChooseClusters() {
+template <int kThreads, bool kLarge>
+__device__ __forceinline__ void PairAnswer<kThreads, kLarge>::ChooseClusters() {
   const SelectCudaParams& p = plan_.params;
   const int room = max(p.scored_tokens, max(0, p.budget_tokens - sinks_));
   const int wanted = static_cast<int>(static_cast<double>(p.estimated_fraction) * clusters_);
@@ -688,9 +712,12 @@ __device__ __forceinline__ void PairAnswer<kThreads>::ChooseClusters() {
                              0,
                              clusters_,
                              0,
-                             p.group,
-                             room};
-  ChooseItems<kThreads>(items);
+                             Heads(),
+                             room,
+                             Peer(),
+                             plan_.blocks,
+                             IsFar() ? far_ : nullptr};
+  ChooseItems<kThreads, kLarge>(items);
   const bool slow = s_.candidates > kThresholdCandidates;
   const bool remaining = s_.found_bin >= 0 || room <= 0;  // clusters for the estimated zone
   if (!slow && wanted > 0 && remaining) ChooseEstimated(wanted);
@@ -700,8 +727,8 @@ __device__ __forceinline__ void PairAnswer<kThreads>::ChooseClusters() {
 }
 
 // The touched clusters in order, where their tokens begin, and the estimated ones.
-template <int kThreads>
-__device__ __forceinline__ void PairAnswer<kThreads>::ListClusters() {
+template <int kThreads, bool kLarge>
+__device__ __forceinline__ void PairAnswer<kThreads, kLarge>::ListClusters() {
   const int* slots = Array<int>(plan_.slots);
 #pragma unroll 1
   for (int first = 0; first < clusters_; first += 4 * kThreads) {
@@ -740,7 +767,7 @@ __device__ __forceinline__ void PairAnswer<kThreads>::ListClusters() {
     s_.found_bin = -1;
     s_.found_tokens = s_.found_count = s_.candidates = 0;
   }
-  for (int i = thread_; i < kHistogramBins; i += kThreads) {
+  for (int i = thread_; plan_.refine && i < kHistogramBins; i += kThreads) {
     s_.bin_counts[i] = 0;
     s_.threshold.histogram[i] = 0;
   }
@@ -749,8 +776,8 @@ __device__ __forceinline__ void PairAnswer<kThreads>::ListClusters() {
 }
 
 // Each token's place in the list of clusters, and the largest logits of the estimated zone.
-template <int kThreads>
-__device__ __forceinline__ void PairAnswer<kThreads>::ListTokens() {
+template <int kThreads, bool kLarge>
+__device__ __forceinline__ void PairAnswer<kThreads, kLarge>::ListTokens() {
 #pragma unroll 1
   for (int e = thread_ / 8; e < listed_count_; e += kThreads / 8) {
     const int end = ListedStart()[e + 1];
@@ -759,12 +786,17 @@ __device__ __forceinline__ void PairAnswer<kThreads>::ListTokens() {
       TokenEntry()[t] = static_cast<uint16_t>(e);
     }
   }
-  float4 largest = Filled4(kAnswerNegativeInfinity);
+  estimated_max_ = Filled4(kAnswerNegativeInfinity);
+  if (estimated_count_ == 0) {
+    __syncthreads();
+    return;
+  }
+  float4 largest = estimated_max_;
 #pragma unroll 1
   for (int i = thread_; i < estimated_count_; i += kThreads) {
     const int cluster = Estimated()[i];
     const float log_size = Log2(static_cast<float>(Sizes()[cluster]));
-    largest = Max4(largest, Add4(ClusterLogits()[cluster], Filled4(log_size)));
+    largest = Max4(largest, Add4(ClusterLogits(cluster), Filled4(log_size)));
   }
   const float warp_largest = WarpJoin4<false>(largest);
   if (lane_ % 8 == 0) s_.warp_estimated[4 * warp_ + lane_ / 8] = warp_largest;
@@ -773,8 +805,9 @@ __device__ __forceinline__ void PairAnswer<kThreads>::ListTokens() {
 }
 
 // The largest of each head over the warps.
-template <int kThreads>
-__device__ __forceinline__ float4 PairAnswer<kThreads>::CombineWarps(const float* of_warps) const {
+template <int kThreads, bool kLarge>
+__device__ __forceinline__ float4
+PairAnswer<kThreads, kLarge>::CombineWarps(const float* of_warps) const {
   float all = kAnswerNegativeInfinity;
 #pragma unroll
   for (int i = lane_; i < 4 * kWarps; i += kWarp) all = fmaxf(all, of_warps[i]);
@@ -800,24 +833,25 @@ __device__ __forceinline__ uint32_t CodesOverFour(uint32_t word, int left) {
 }
 
 // Where the codes of token `lane % 16` of a tile are; behind the last token the last.
-template <int kThreads>
-__device__ __forceinline__ const unsigned char* PairAnswer<kThreads>::CodesOfTile(int tile) {
+template <int kThreads, bool kLarge>
+__device__ __forceinline__ const unsigned char* PairAnswer<kThreads, kLarge>::CodesOfTile(
+    int tile) {
   return CodesOf(min(tile * kAnswerTile + lane_ % kAnswerTile, token_count_ - 1));
 }
 
 // Place `turn` of the warp's ring: a tile's codes of one side, 48 bytes a token: scales and lows,
 // bits.
-template <int kThreads>
-__device__ __forceinline__ unsigned char* PairAnswer<kThreads>::CodeRing(int turn) const {
+template <int kThreads, bool kLarge>
+__device__ __forceinline__ unsigned char* PairAnswer<kThreads, kLarge>::CodeRing(int turn) const {
   return Array<unsigned char>(plan_.codes) +
          (warp_ * plan_.code_stages + turn) * kAnswerTile * kAnswerSideBytes;
 }
 
 // Key or value codes of a tile on their way to place `turn` of the ring. `mine`: CodesOfTile.
-template <int kThreads>
+template <int kThreads, bool kLarge>
 template <bool kValues>
-__device__ __forceinline__ void PairAnswer<kThreads>::CopyCodes(const unsigned char* mine,
-                                                                int turn) {
+__device__ __forceinline__ void PairAnswer<kThreads, kLarge>::CopyCodes(const unsigned char* mine,
+                                                                        int turn) {
   unsigned char* to = CodeRing(turn);
   constexpr int kMeta = kValues ? 16 : 0, kBits = kValues ? 64 : 32;
 #pragma unroll
@@ -830,33 +864,23 @@ __device__ __forceinline__ void PairAnswer<kThreads>::CopyCodes(const unsigned c
   }
 }
 // Of the warp's first tiles as many as the ring has places for; one group of copies for each place.
-template <int kThreads>
+template <int kThreads, bool kLarge>
 template <bool kValues>
-__device__ __forceinline__ void PairAnswer<kThreads>::FillRing() {
-  constexpr int kBatch = 4;  // tiles whose codes' places are looked up at once
+__device__ __forceinline__ void PairAnswer<kThreads, kLarge>::FillRing() {
   int begin, end;
   Share(token_count_, &begin, &end);
 #pragma unroll 1
-  for (int turn = 0; turn < plan_.code_stages; turn += kBatch) {
-    const unsigned char* mine[kBatch];
-#pragma unroll
-    for (int j = 0; j < kBatch; ++j) {
-      const int tile = begin + warp_ + (turn + j) * kWarps;
-      mine[j] = turn + j < plan_.code_stages && tile < end ? CodesOfTile(tile) : nullptr;
-    }
-#pragma unroll
-    for (int j = 0; j < kBatch; ++j) {
-      if (turn + j >= plan_.code_stages) break;
-      if (mine[j] != nullptr) CopyCodes<kValues>(mine[j], turn + j);
-      CopyAsyncCommit();
-    }
+  for (int turn = 0; turn < plan_.code_stages; ++turn) {
+    const int tile = begin + warp_ + turn * kWarps;
+    if (tile < end) CopyCodes<kValues>(CodesOfTile(tile), turn);
+    CopyAsyncCommit();
   }
 }
 // Calls use(tile, rows, done) for each of the warp's tiles, `rows` its place in the ring; use calls
 // done() when it has read them, so that the place takes another tile meanwhile. After FillRing.
-template <int kThreads>
+template <int kThreads, bool kLarge>
 template <bool kValues, typename Use>
-__device__ __forceinline__ void PairAnswer<kThreads>::ForTiles(const Use& use) {
+__device__ __forceinline__ void PairAnswer<kThreads, kLarge>::ForTiles(const Use& use) {
   int begin, end, turn = 0;
   Share(token_count_, &begin, &end);
 #pragma unroll 1
@@ -876,10 +900,11 @@ __device__ __forceinline__ void PairAnswer<kThreads>::ForTiles(const Use& use) {
 // Logits of a tile's tokens: codes [16 tokens × 16 channels] times the query [16 channels × 4
 // heads' high and low halves], scales and lows [16 tokens × 8] times the query's sums, and their
 // clusters' logits.
-template <int kThreads>
+template <int kThreads, bool kLarge>
 template <typename Done>
-__device__ __forceinline__ void PairAnswer<kThreads>::ScoreTile(int tile, const unsigned char* rows,
-                                                                const Done& done) {
+__device__ __forceinline__ void PairAnswer<kThreads, kLarge>::ScoreTile(int tile,
+                                                                        const unsigned char* rows,
+                                                                        const Done& done) {
   const int r = lane_ / 4, t = lane_ % 4;
   uint2 scales[2];
   uint4 bits[2][2];
@@ -922,29 +947,29 @@ __device__ __forceinline__ void PairAnswer<kThreads>::ScoreTile(int tile, const 
   const float4 residual = TileRow(logit);
   const int token = tile * kAnswerTile + r + t % 2 * 8;
   if (token < token_count_) {
-    const float4 cluster = ClusterLogits()[Listed()[TokenEntry()[token]]];
-    Publish(TokenLogits(), token, Add4(residual, cluster));
+    const float4 cluster = ClusterLogits(Listed()[TokenEntry()[token]]);
+    Publish(TokenLogits() + token, Add4(residual, cluster));
   }
 }
 
 // Asks for the value means of a list of clusters, which all blocks will read.
-template <int kThreads>
-__device__ __forceinline__ void PairAnswer<kThreads>::PrefetchMeans(const uint16_t* list,
-                                                                    int count) {
+template <int kThreads, bool kLarge>
+__device__ __forceinline__ void PairAnswer<kThreads, kLarge>::PrefetchMeans(const uint16_t* list,
+                                                                            int count) {
   constexpr int kLine = 128, kLines = kAnswerRowBytes / kLine;
-  const int step = plan_.blocks * kThreads;
+  const int step = plan_.quad_blocks * kThreads;
 #pragma unroll 1
   for (int i = rank_ * kThreads + thread_; i < kLines * count; i += step) {
     PrefetchL2(ValueMean(list[i / kLines]) + i % kLines * kLine);
   }
 }
 
-// Ends with the barrier after which every block has all tokens' logits.
-template <int kThreads>
-__device__ __forceinline__ void PairAnswer<kThreads>::ScoreTokens() {
+// After the cluster's next barrier every block has all tokens' logits.
+template <int kThreads, bool kLarge>
+__device__ __forceinline__ void PairAnswer<kThreads, kLarge>::ScoreTokens() {
   FillRing<false>();
-  // A block alone with a pair has its tokens to ask for, and waits longer for the lists.
-  if (plan_.blocks > 1) {
+  // A block alone with a quad has its tokens to ask for, and waits longer for the lists.
+  if (plan_.quad_blocks > 1) {
     PrefetchMeans(Estimated(), estimated_count_);
     if (plan_.params.answer_scored) PrefetchMeans(Listed(), listed_count_);
   }
@@ -953,14 +978,12 @@ __device__ __forceinline__ void PairAnswer<kThreads>::ScoreTokens() {
   __syncwarp();
   ClusterArrive(plan_.blocks);
   if (plan_.params.answer_scored) FillRing<true>();
-  SumEstimated();
-  ClusterWait(plan_.blocks);
 }
 
 // Where the warp's partial state has number i of a pair of blocks of channels, as the lane has it
 // of JoinMeans: two channels by two heads.
-template <int kThreads>
-__device__ __forceinline__ float* PairAnswer<kThreads>::PartialOf(int block_pair, int i) {
+template <int kThreads, bool kLarge>
+__device__ __forceinline__ float* PairAnswer<kThreads, kLarge>::PartialOf(int block_pair, int i) {
   const int r = lane_ / 4, t = lane_ % 4, block = 2 * block_pair + t / 2;
   const int channel = 64 * (block / 4) + 8 * r + 2 * (block % 4) + i / 2;
   return Partial() + (warp_ * kAnswerHeads + 2 * (t % 2) + i % 2) * kAnswerRow + channel;
@@ -968,10 +991,9 @@ __device__ __forceinline__ float* PairAnswer<kThreads>::PartialOf(int block_pair
 
 // The products' sums, times `inverse`, as state_ has them. Lanes 2 apart have the heads' high and
 // low parts; each keeps one of two blocks.
-template <int kThreads>
-__device__ __forceinline__ void PairAnswer<kThreads>::JoinMeans(const float (&sums)[8][4],
-                                                                float inverse,
-                                                                float (&joined)[4][4]) const {
+template <int kThreads, bool kLarge>
+__device__ __forceinline__ void PairAnswer<kThreads, kLarge>::JoinMeans(
+    const float (&sums)[8][4], float inverse, float (&joined)[4][4]) const {
   const bool upper = lane_ % 4 >= 2;
 #pragma unroll
   for (int p = 0; p < 4; ++p) {
@@ -989,16 +1011,17 @@ __device__ __forceinline__ void PairAnswer<kThreads>::JoinMeans(const float (&su
 // × 4 heads' high and low halves]. weigh(i): the weight of cluster i of the list for head
 // lane / 4 % 4; times `unit` it is a half. The last warps have the first clusters: of the first
 // ones a taker has more to do.
-template <int kThreads>
+template <int kThreads, bool kLarge>
 template <typename Weigh>
-__device__ __forceinline__ void PairAnswer<kThreads>::SumMeans(const uint16_t* list, int count,
-                                                               float unit, const Weigh& weigh,
-                                                               float (&joined)[4][4]) {
+__device__ __forceinline__ void PairAnswer<kThreads, kLarge>::SumMeans(const uint16_t* list,
+                                                                       int count, float unit,
+                                                                       const Weigh& weigh,
+                                                                       float (&joined)[4][4]) {
   const int r = lane_ / 4, t = lane_ % 4;
   float sums[8][4] = {};
 #pragma unroll 1
-  for (int first = ((kWarps - 1 - warp_) * plan_.blocks + rank_) * kAnswerTile; first < count;
-       first += plan_.blocks * kWarps * kAnswerTile) {
+  for (int first = ((kWarps - 1 - warp_) * plan_.quad_blocks + rank_) * kAnswerTile; first < count;
+       first += plan_.quad_blocks * kWarps * kAnswerTile) {
     // The lane's clusters are first + 4 t .., its channels 8 r .. and 64 + 8 r ..
     const unsigned char* row = ValueMean(list[min(first + lane_ % kAnswerTile, count - 1)]);
     uint4 x[4][2];
@@ -1043,14 +1066,15 @@ __device__ __forceinline__ void PairAnswer<kThreads>::SumMeans(const uint16_t* l
 }
 
 // The estimated clusters' part of the state, relative to estimated_max_.
-template <int kThreads>
-__device__ __forceinline__ void PairAnswer<kThreads>::SumEstimated() {
+template <int kThreads, bool kLarge>
+__device__ __forceinline__ void PairAnswer<kThreads, kLarge>::SumEstimated() {
   const int head = lane_ / 4 % kAnswerHeads;
   const float shift = ZeroIfNone(HeadOf(estimated_max_, head));
   const auto weigh = [&](int i) {
-    if (head >= plan_.params.group) return 0.0f;
+    if (head >= Heads()) return 0.0f;
     const int cluster = Estimated()[i];
-    const float logit = Array<float>(plan_.cluster_logits)[4 * cluster + head];
+    const float logit = IsFar() ? LoadFar(reinterpret_cast<const float*>(far_ + cluster) + head)
+                                : Array<float>(plan_.cluster_logits)[4 * cluster + head];
     return Exp2(logit + Log2(static_cast<float>(Sizes()[cluster])) - shift);
   };
   SumMeans(Estimated(), estimated_count_, kMeanUnit, weigh, state_);
@@ -1061,8 +1085,8 @@ __device__ __forceinline__ void PairAnswer<kThreads>::SumEstimated() {
 
 // The tokens of the largest ranks, in any order; leaves in warp_coded the largest logits of the
 // others.
-template <int kThreads>
-__device__ __forceinline__ void PairAnswer<kThreads>::ChooseExact() {
+template <int kThreads, bool kLarge>
+__device__ __forceinline__ void PairAnswer<kThreads, kLarge>::ChooseExact() {
   int* list = Array<int>(plan_.exact_token);
   if (!plan_.refine) {
     for (int t = thread_; t < token_count_; t += kThreads) list[t] = t;
@@ -1078,9 +1102,12 @@ __device__ __forceinline__ void PairAnswer<kThreads>::ChooseExact() {
                              offset_ + plan_.sinks,
                              token_count_,
                              sinks_,
-                             plan_.params.group,
-                             max(0, plan_.params.budget_tokens - sinks_)};
-  ChooseItems<kThreads>(items);
+                             Heads(),
+                             max(0, plan_.params.budget_tokens - sinks_),
+                             Peer(),
+                             plan_.blocks,
+                             nullptr};
+  ChooseItems<kThreads, kLarge>(items);
   if (s_.candidates > kThresholdCandidates) ChooseSlowly<kThreads>(items, true, 0);
   __syncwarp();
   float4 largest = Filled4(kAnswerNegativeInfinity);
@@ -1104,25 +1131,25 @@ __device__ __forceinline__ void PairAnswer<kThreads>::ChooseExact() {
 
 // Makes weights of the tokens' logits, relative to state_max_; none of the exact zone's. Ends with
 // a barrier.
-template <int kThreads>
-__device__ __forceinline__ void PairAnswer<kThreads>::WeighTokens() {
+template <int kThreads, bool kLarge>
+__device__ __forceinline__ void PairAnswer<kThreads, kLarge>::WeighTokens() {
   const float4 shift = ZeroIfNone4(state_max_);
-  const int group = plan_.params.group;
+  const int heads = Heads();
 #pragma unroll 4
   for (int i = thread_; i < token_count_; i += kThreads) {
     const float4 weight = Exp2Of4(TokenLogits()[i], shift);
     const bool coded = Exact()[i] == 0;
     TokenLogits()[i] =
-        make_float4(coded ? weight.x : 0.0f, coded && group > 1 ? weight.y : 0.0f,
-                    coded && group > 2 ? weight.z : 0.0f, coded && group > 3 ? weight.w : 0.0f);
+        make_float4(coded ? weight.x : 0.0f, coded && heads > 1 ? weight.y : 0.0f,
+                    coded && heads > 2 ? weight.z : 0.0f, coded && heads > 3 ? weight.w : 0.0f);
   }
   __syncthreads();
 }
 
 // Adds the value means of touched clusters, each by the weights of its coded tokens, to the warp's
 // partial state.
-template <int kThreads>
-__device__ __forceinline__ void PairAnswer<kThreads>::SumTouched() {
+template <int kThreads, bool kLarge>
+__device__ __forceinline__ void PairAnswer<kThreads, kLarge>::SumTouched() {
   const float* weights = Array<float>(plan_.token_logits) + lane_ / 4 % kAnswerHeads;
   const auto weigh = [&](int i) {
     const int last = ListedStart()[i + 1];
@@ -1141,8 +1168,8 @@ __device__ __forceinline__ void PairAnswer<kThreads>::SumTouched() {
 }
 
 // What a warp sums of its tiles' value codes.
-template <int kThreads>
-struct PairAnswer<kThreads>::CodeSums {
+template <int kThreads, bool kLarge>
+struct PairAnswer<kThreads, kLarge>::CodeSums {
   float codes[8][4] = {};  // times 2^exponent(): weight × scale below 2^14 is a half
   float meta[4] = {};      // times kWeightUnit
   int field = 0;           // of the largest scale's exponent: of [2^(field - 15), 2^(field - 14))
@@ -1161,8 +1188,9 @@ struct PairAnswer<kThreads>::CodeSums {
 };
 
 // The largest exponent's field among a tile's scales of values.
-template <int kThreads>
-__device__ __forceinline__ int PairAnswer<kThreads>::LargestScale(const unsigned char* rows) const {
+template <int kThreads, bool kLarge>
+__device__ __forceinline__ int PairAnswer<kThreads, kLarge>::LargestScale(
+    const unsigned char* rows) const {
   const uint2 scales =
       *reinterpret_cast<const uint2*>(rows + lane_ % kAnswerTile * kAnswerSideBytes);
   const uint32_t largest =
@@ -1173,10 +1201,12 @@ __device__ __forceinline__ int PairAnswer<kThreads>::LargestScale(const unsigned
 // Adds a tile's codes [16 channels × 16 tokens, per block of channels] times weight × scale [16
 // tokens × 4 heads' high and low halves] to sums.codes, and its scales and lows [8 × 16 tokens]
 // times the weights to sums.meta.
-template <int kThreads>
+template <int kThreads, bool kLarge>
 template <typename Done>
-__device__ __forceinline__ void PairAnswer<kThreads>::AddTile(int tile, const unsigned char* rows,
-                                                              const Done& done, CodeSums& sums) {
+__device__ __forceinline__ void PairAnswer<kThreads, kLarge>::AddTile(int tile,
+                                                                      const unsigned char* rows,
+                                                                      const Done& done,
+                                                                      CodeSums& sums) {
   const int r = lane_ / 4, t = lane_ % 4, head = r % 4;
   const int field = LargestScale(rows);
   float weight[4];
@@ -1237,8 +1267,8 @@ __device__ __forceinline__ void PairAnswer<kThreads>::AddTile(int tile, const un
 }
 
 // Adds what AddTile summed to the warp's partial state.
-template <int kThreads>
-__device__ __forceinline__ void PairAnswer<kThreads>::AddCodes(const CodeSums& sums) {
+template <int kThreads, bool kLarge>
+__device__ __forceinline__ void PairAnswer<kThreads, kLarge>::AddCodes(const CodeSums& sums) {
   const int r = lane_ / 4, t = lane_ % 4, head = 2 * (t % 2);
   const bool upper = t >= 2;
   const float down = 4.0f * PowerOfTwo(-sums.exponent());
@@ -1269,8 +1299,8 @@ __device__ __forceinline__ void PairAnswer<kThreads>::AddCodes(const CodeSums& s
 }
 
 // The warp's tiles. After ScoreTokens, which asked for the first of them.
-template <int kThreads>
-__device__ __forceinline__ void PairAnswer<kThreads>::SumCodes() {
+template <int kThreads, bool kLarge>
+__device__ __forceinline__ void PairAnswer<kThreads, kLarge>::SumCodes() {
   CodeSums sums;
   ForTiles<true>([&](int tile, const unsigned char* rows, const auto& done) {
     AddTile(tile, rows, done, sums);
@@ -1279,8 +1309,8 @@ __device__ __forceinline__ void PairAnswer<kThreads>::SumCodes() {
 }
 
 // Makes weights of logits, and the estimated clusters' part the warp's partial state.
-template <int kThreads>
-__device__ __forceinline__ void PairAnswer<kThreads>::WeighState(bool coded) {
+template <int kThreads, bool kLarge>
+__device__ __forceinline__ void PairAnswer<kThreads, kLarge>::WeighState(bool coded) {
   const float4 coded_max = coded ? CombineWarps(s_.warp_coded) : Filled4(kAnswerNegativeInfinity);
   state_max_ = Max4(coded_max, estimated_max_);
   // The heads' factors from the estimated zone's shift to the state's.
@@ -1298,8 +1328,8 @@ __device__ __forceinline__ void PairAnswer<kThreads>::WeighState(bool coded) {
 }
 
 // The block's part of the state, each channel to the block that writes it. After WeighState.
-template <int kThreads>
-__device__ __forceinline__ void PairAnswer<kThreads>::SumState(bool coded) {
+template <int kThreads, bool kLarge>
+__device__ __forceinline__ void PairAnswer<kThreads, kLarge>::SumState(bool coded) {
   if (coded) SumTouched();
 #pragma unroll
   for (int offset : {1, 2, kWarp / 2}) weights_ += __shfl_xor_sync(kFullMask, weights_, offset);
@@ -1317,21 +1347,21 @@ __device__ __forceinline__ void PairAnswer<kThreads>::SumState(bool coded) {
 #pragma unroll
     for (int w = 0; w < kWarps; ++w) sum += from[w * kAnswerHeads * kAnswerRow];
     float* to = &s_.state_parts[rank_ * share + i - owner * share];
-    if (plan_.blocks == 1) {
+    if (plan_.quad_blocks == 1) {
       *to = sum;
     } else {
-      StoreToBlock(to, owner, sum);
+      StoreToBlock(to, BlockOf(owner), sum);
     }
   }
-  if (thread_ < 4 * plan_.blocks) {
+  if (thread_ < 4 * plan_.quad_blocks) {
     float sum = 0;
 #pragma unroll 4
     for (int w = 0; w < kWarps; ++w) sum += s_.warp_weights[4 * w + thread_ % 4];
     float* to = reinterpret_cast<float*>(&s_.block_weights[rank_]) + thread_ % 4;
-    if (plan_.blocks == 1) {
+    if (plan_.quad_blocks == 1) {
       *to = sum;
     } else {
-      StoreToBlock(to, thread_ / 4, sum);
+      StoreToBlock(to, BlockOf(thread_ / 4), sum);
     }
   }
 }
@@ -1339,25 +1369,34 @@ __device__ __forceinline__ void PairAnswer<kThreads>::SumState(bool coded) {
 // ---- phase 6: results
 // ----------------------------------------------------------------------------
 
-template <int kThreads>
-__device__ __forceinline__ int PairAnswer<kThreads>::ExactPosition(int i) {
+template <int kThreads, bool kLarge>
+__device__ __forceinline__ int PairAnswer<kThreads, kLarge>::ExactPosition(int i) {
   int slot;
   const DeviceIndexPart& part = ExactToken(i, &slot);
   return *reinterpret_cast<const int32_t*>(Element(part.positions, part.tokens, slot));
 }
 
-// The exact zone by ascending position: each token's place is the number of smaller positions.
-// After a barrier that follows the writing of exact_position.
-template <int kThreads>
-__device__ __forceinline__ void PairAnswer<kThreads>::WriteSelection(const SelectCudaOutput& out,
-                                                                     int row) {
+// The exact zone by ascending position: each token's place is the number of smaller positions,
+// which eight lanes count. After a barrier that follows the writing of exact_position.
+template <int kThreads, bool kLarge>
+__device__ __forceinline__ void PairAnswer<kThreads, kLarge>::WriteSelection(
+    const SelectCudaOutput& out, int row) {
   const int* positions = Array<int>(plan_.exact_position);
   const int exact = s_.exact_count;
   const int64_t to = static_cast<int64_t>(row) * out.max_exact;
-  for (int i = thread_; i < exact; i += kThreads) {
-    const int position = positions[i], token = Array<int>(plan_.exact_token)[i];
+  constexpr int kLanes = 8;
+  for (int first = 0; first < exact; first += kThreads / kLanes) {
+    const int i = first + thread_ / kLanes, lane = thread_ % kLanes;
+    const int position = i < exact ? positions[i] : 0;
     int place = 0;
-    for (int j = 0; j < exact; ++j) place += positions[j] < position ? 1 : 0;
+#pragma unroll 4
+    for (int j = lane; j < exact; j += kLanes) place += positions[j] < position ? 1 : 0;
+#pragma unroll
+    for (int offset = 1; offset < kLanes; offset *= 2) {
+      place += __shfl_xor_sync(kFullMask, place, offset);
+    }
+    if (i >= exact || lane != 0) continue;
+    const int token = Array<int>(plan_.exact_token)[i];
     const int cluster = Listed()[TokenEntry()[token]];
     int part;
     PartOf(cluster, &part);
@@ -1385,66 +1424,63 @@ __device__ __forceinline__ void PairAnswer<kThreads>::WriteSelection(const Selec
   if (out.coded_tokens != nullptr) out.coded_tokens[row] = coded ? token_count_ - exact : 0;
 }
 
-// `any`: the state is not empty.
-template <int kThreads>
-__device__ __forceinline__ float PairAnswer<kThreads>::StateWeight(int head, bool any) const {
+template <int kThreads, bool kLarge>
+__device__ __forceinline__ float PairAnswer<kThreads, kLarge>::StateWeight(int head) const {
   float total = 0;
-  for (int k = 0; any && k < plan_.blocks; ++k) {
+  for (int k = 0; k < plan_.quad_blocks; ++k) {
     total += reinterpret_cast<const float*>(&s_.block_weights[k])[head];
   }
   return total;
 }
-template <int kThreads>
-__device__ __forceinline__ float PairAnswer<kThreads>::StateNumber(int i, bool any) const {
+template <int kThreads, bool kLarge>
+__device__ __forceinline__ float PairAnswer<kThreads, kLarge>::StateNumber(int i, bool any) const {
+  if (!any) return 0.0f;
   const int share = StateShare();
-  const float total = StateWeight((rank_ * share + i) / kAnswerDim, any);
+  const float total = StateWeight((rank_ * share + i) / kAnswerDim);
   float sum = 0;
-  for (int k = 0; any && k < plan_.blocks; ++k) sum += s_.state_parts[k * share + i];
+  for (int k = 0; k < plan_.quad_blocks; ++k) sum += s_.state_parts[k * share + i];
   return total > 0 ? sum / total : 0.0f;
 }
-template <int kThreads>
-__device__ __forceinline__ float PairAnswer<kThreads>::StateLse(int head, bool any) const {
-  const float total = StateWeight(head, any);
-  return total > 0 ? (HeadOf(state_max_, head) + log2f(total)) * kLn2 : kAnswerNegativeInfinity;
+template <int kThreads, bool kLarge>
+__device__ __forceinline__ float PairAnswer<kThreads, kLarge>::StateLse(int i, bool any) const {
+  const float total = any ? StateWeight(i) : 0.0f;
+  return total > 0 ? (HeadOf(state_max_, i) + log2f(total)) * kLn2 : kAnswerNegativeInfinity;
 }
 
 // The block's channels of the state.
-template <int kThreads>
-__device__ __forceinline__ void PairAnswer<kThreads>::WriteState(const SelectCudaOutput& out,
-                                                                 int row, bool any) {
-  const int group = plan_.params.group, share = StateShare();
-  for (int i = thread_; i < share; i += kThreads) {
-    const int number = rank_ * share + i;
-    if (number >= group * kAnswerDim) continue;
-    out.state_output[static_cast<int64_t>(row) * group * kAnswerDim + number] = StateNumber(i, any);
-  }
-  if (rank_ == 0 && thread_ < group) {
-    out.state_lse[static_cast<int64_t>(row) * group + thread_] = StateLse(thread_, any);
+template <int kThreads, bool kLarge>
+__device__ __forceinline__ void PairAnswer<kThreads, kLarge>::WriteState(
+    const SelectCudaOutput& out, int row, bool any) {
+  const int group = plan_.params.group, count = StateCount();
+  float* to = out.state_output + static_cast<int64_t>(row) * group * kAnswerDim + StateBegin();
+  for (int i = thread_; i < count; i += kThreads) to[i] = StateNumber(i, any);
+  if (thread_ < LseCount()) {
+    out.state_lse[static_cast<int64_t>(row) * group + FirstHead() + thread_] =
+        StateLse(thread_, any);
   }
 }
 
-template <int kThreads>
-__device__ __forceinline__ void PairAnswer<kThreads>::Finish(const SelectCudaOutput& out, int row) {
+template <int kThreads, bool kLarge>
+__device__ __forceinline__ void PairAnswer<kThreads, kLarge>::Finish(const SelectCudaOutput& out,
+                                                                     int row) {
   Writer writer = {out, row};
   Answer(writer);
 }
 
-template <int kThreads>
+template <int kThreads, bool kLarge>
 template <typename Taker>
-__device__ __forceinline__ void PairAnswer<kThreads>::Answer(Taker& taker) {
+__device__ __forceinline__ void PairAnswer<kThreads, kLarge>::Answer(Taker& taker) {
   ScoreCentroids();
   ClusterArrive(plan_.blocks);
   ScoreSinks();
   ClusterWait(plan_.blocks);
   ChooseClusters();
   ListClusters();
-  if (plan_.refine) {
-    ScoreTokens();
-  } else {
-    SumEstimated();
-  }
+  if (plan_.refine) ScoreTokens();
+  if (plan_.refine || estimated_count_ > 0) SumEstimated();
+  if (plan_.refine) ClusterWait(plan_.blocks);
   ChooseExact();
-  const bool last = rank_ == plan_.blocks - 1;
+  const bool last = IsLast();
   const bool coded = plan_.refine && plan_.params.answer_scored;
   const bool any = estimated_count_ > 0 || (coded && token_count_ > s_.exact_count);
   if (last) taker.Exact(*this);
@@ -1457,9 +1493,9 @@ __device__ __forceinline__ void PairAnswer<kThreads>::Answer(Taker& taker) {
     CopyAsyncWait<0>();  // of codes that nobody reads: the place has other uses
     __syncthreads();
   }
-  ClusterArrive(plan_.blocks);
+  if (any) ClusterArrive(plan_.blocks);
   if (last) taker.Selection(*this);
-  ClusterWait(plan_.blocks);
+  if (any) ClusterWait(plan_.blocks);
   taker.State(*this, any);
 }
 

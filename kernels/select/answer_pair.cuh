@@ -1,8 +1,11 @@
 // Selection and answer of one (sequence, KV head) pair by one block or one thread-block cluster.
 //
-// For the usual shape: up to 4 query heads of 128 channels per KV head, codes of 2 bits in groups
+// For the usual shapes: up to 8 query heads of 128 channels per KV head, codes of 2 bits in groups
 // of 32 channels or none in use. select_cuda.cu launches it for a batch; a resident kernel may call
-// it too. Other shapes: select_cuda.cu.
+// it too. Other shapes: select_cuda.cu. More than 4 heads are two quads, each answered by half of
+// the cluster's blocks, which are what "all blocks" below says; in 2 and 4 the quads give each
+// other their shares of the ranks, which is all that either needs of the other. Where shared memory
+// has no room for all clusters' logits these are in memory.
 //
 //   1  logits of the centroids            each block its share, on the matrix unit; to all blocks
 //      -- barrier of the cluster
@@ -32,11 +35,12 @@
 
 namespace clusterkv::kernels::cuda {
 
-constexpr int kAnswerHeads = 4;    // query heads that a pair has room for
+constexpr int kAnswerHeads = 4;    // query heads of a quad
+constexpr int kAnswerQuads = 2;    // of a pair at most: one or two
 constexpr int kAnswerDim = 128;    // channels
 constexpr int kAnswerTile = 16;    // rows of one matrix product
 constexpr int kAnswerParts = 8;    // parts that are copied into shared memory
-constexpr int kAnswerBlocks = 16;  // of a pair at most
+constexpr int kAnswerBlocks = 16;  // of a pair at most, as of a quad
 constexpr int kAnswerMaxWarps = 16;
 constexpr int kAnswerGroups = 4;                 // scale groups of a token's codes
 constexpr int kAnswerSideBytes = 48;             // of a token's key codes; of its value codes
@@ -54,13 +58,15 @@ constexpr int kAnswerRow = kAnswerDim + 8;  // of partial states: spreads banks
 // What a launch works out once; by value into a kernel.
 struct AnswerPlan {
   SelectCudaParams params;
-  int blocks;              // of the cluster that answers a pair
-  uint32_t block_inverse;  // 2^20 / blocks, rounded up
+  int blocks;              // of the cluster that answers a pair: block b is of quad b % quads
+  int quads, quad_blocks;  // of the pair's heads; of a quad: the blocks that share its work
+  uint32_t block_inverse;  // 2^20 / quad_blocks, rounded up
   int room;                // tokens to take clusters for, at most
   int max_listed;          // clusters that are touched at most
   // Of each warp: slices of centroids and tiles of codes on their way.
   int centroid_stages, code_stages;
   bool refine;         // score by codes
+  bool far;            // clusters' logits are in memory
   float touched_unit;  // kMeanUnit over the most that a touched cluster weighs
   // Offsets of arrays in shared memory, bytes.
   int cluster_logits, sizes, slots, centroids, codes, token_logits, keys, kinds;
@@ -109,21 +115,33 @@ inline int RingStages(int64_t wanted, int64_t most, int threads, int64_t bytes, 
   return static_cast<int>(stages);
 }
 
-// Fills `plan` for pairs answered by `blocks` blocks of `threads` threads each. False: another
-// shape, or its arrays do not fit in shared_limit bytes of shared memory.
+// Bytes of memory for the clusters' logits of a pair.
+__host__ __device__ inline int64_t AnswerFarBytes(const SelectCudaParams& p) {
+  return int64_t{QuadsOf(p.group)} * p.max_clusters * static_cast<int64_t>(sizeof(float4));
+}
+
+// Fills `plan` for pairs answered by `blocks` blocks of `threads` threads each; far: with clusters'
+// logits in memory. False: another shape, or its arrays do not fit in shared_limit bytes of shared
+// memory.
 inline bool MakeAnswerPlan(const SelectCudaParams& p, int blocks, int threads, int64_t shared_limit,
-                           AnswerPlan* plan) {
+                           bool far, AnswerPlan* plan) {
   const bool refine = p.code_bits > 0 && p.scored_tokens > 0;
   const bool codes = !refine || (p.code_bits == 2 && p.group_channels == 32);
-  if (p.group > kAnswerHeads || p.head_dim != kAnswerDim || !codes || p.max_clusters > 16384) {
+  const int quads = QuadsOf(p.group);
+  if (quads > kAnswerQuads || blocks % quads != 0 || p.head_dim != kAnswerDim || !codes ||
+      p.max_clusters > 16384) {
     return false;
   }
   *plan = {};
   plan->params = p;
+  const int quad_blocks = blocks / quads;
   plan->blocks = blocks;
+  plan->quads = quads;
+  plan->quad_blocks = quad_blocks;
   plan->block_inverse =
-      ((1u << 20) + static_cast<uint32_t>(blocks) - 1) / static_cast<uint32_t>(blocks);
+      ((1u << 20) + static_cast<uint32_t>(quad_blocks) - 1) / static_cast<uint32_t>(quad_blocks);
   plan->refine = refine;
+  plan->far = far;
   plan->room = p.budget_tokens > p.scored_tokens ? p.budget_tokens : p.scored_tokens;
   plan->max_listed = p.max_clusters < plan->room ? p.max_clusters : plan->room;
   plan->touched_unit = kMeanUnit;
@@ -137,7 +155,7 @@ inline bool MakeAnswerPlan(const SelectCudaParams& p, int blocks, int threads, i
     return static_cast<int>(here < (int64_t{1} << 30) ? here : int64_t{1} << 30);
   };
   // Partial states lie where these two were.
-  plan->cluster_logits = take(16 * clusters);
+  plan->cluster_logits = take(far ? 0 : 16 * clusters);
   plan->sizes = take(4 * clusters);
   if (at < plan->cluster_logits + partial) at = plan->cluster_logits + AnswerAlign(partial);
   plan->sinks = take(16 * int64_t{p.max_sinks});
@@ -155,8 +173,8 @@ inline bool MakeAnswerPlan(const SelectCudaParams& p, int blocks, int threads, i
   // Centroids on their way lie from token_logits on, which the choice of clusters does not use; the
   // slots behind them; codes on their way behind all else, where the slots were too.
   const int64_t slot_bytes = AnswerAlign(4 * clusters);
-  const auto own = [blocks](int64_t rows) {
-    return ((rows + kAnswerTile - 1) / kAnswerTile + blocks - 1) / blocks;
+  const auto own = [quad_blocks](int64_t rows) {
+    return ((rows + kAnswerTile - 1) / kAnswerTile + quad_blocks - 1) / quad_blocks;
   };
   plan->centroids = plan->token_logits;
   plan->codes = take(0);
@@ -176,6 +194,8 @@ inline bool MakeAnswerPlan(const SelectCudaParams& p, int blocks, int threads, i
   plan->shared_bytes = static_cast<int>(end);
   return true;
 }
+
+inline bool IsLarge(const AnswerPlan& plan) { return plan.quads > 1 || plan.far; }
 
 // ---- numbers of four heads
 // ----------------------------------------------------------------------
@@ -207,6 +227,17 @@ __device__ __forceinline__ float4 Exp2Of4(float4 x, float4 shift) {
                      Exp2(x.w - shift.w));
 }
 
+// What other blocks of the cluster may have written before its last barrier: not from a first
+// cache.
+template <typename T>
+__device__ __forceinline__ T LoadFar(const T* at) {
+#ifdef CLUSTERKV_CUDA_EMULATOR
+  return *at;
+#else
+  return __ldcg(at);
+#endif
+}
+
 // ---- a pair
 // -------------------------------------------------------------------------------------
 
@@ -214,18 +245,22 @@ __device__ __forceinline__ float4 Exp2Of4(float4 x, float4 shift) {
 // Begin, PrepareQueries, then Finish, together. After all have begun and before one finishes there
 // is a barrier of the cluster, the caller's. `offset`: where in dynamic shared memory
 // (SharedMemory()) are plan.shared_bytes for it, the same in each block, a multiple of 16; free
-// again when Finish returns. kThreads: of a block.
-template <int kThreads>
+// again when Finish returns. `far`: where plan.far, the pair's memory of AnswerFarBytes, the same
+// for all its blocks. kThreads: of a block. kLarge: for any plan, else for plans that are not
+// IsLarge, which are spared what the others cost.
+template <int kThreads, bool kLarge>
 class PairAnswer {
   static constexpr int kWarps = kThreads / kWarp;
   static_assert(kWarps <= kAnswerMaxWarps && kThreads % kAnswerDim == 0);
 
  public:
-  __device__ __forceinline__ PairAnswer(const AnswerPlan& plan, int offset, int rank)
+  __device__ __forceinline__ PairAnswer(const AnswerPlan& plan, int offset, int rank, void* far)
       : plan_(plan),
         offset_(offset),
         s_(*reinterpret_cast<AnswerShared*>(SharedMemory() + offset)),
-        rank_(rank),
+        quad_(rank & (Quads() - 1)),
+        rank_(rank >> (Quads() - 1)),
+        far_(static_cast<float4*>(far) + quad_ * plan.params.max_clusters),
         thread_(static_cast<int>(threadIdx.x)),
         lane_(thread_ % kWarp),
         warp_(thread_ / kWarp) {}
@@ -235,7 +270,11 @@ class PairAnswer {
   __device__ __forceinline__ void Begin(const SelectCudaPair& pair);
   // Instead of all that follows: another object may begin.
   __device__ __forceinline__ void Abandon() const { CopyAsyncWait<0>(); }
-  // [group, 128].
+  // The block's query heads: Heads() from FirstHead() on. Theirs: [Heads(), 128].
+  __device__ __forceinline__ int FirstHead() const { return quad_ * kAnswerHeads; }
+  __device__ __forceinline__ int Heads() const {
+    return min(kAnswerHeads, plan_.params.group - FirstHead());
+  }
   __device__ __forceinline__ void PrepareQueries(const float* queries);
   // Answers: row `row` of `out`. The results are written when all threads of all blocks have
   // returned; a fence is the caller's.
@@ -249,27 +288,33 @@ class PairAnswer {
   template <typename Taker>
   __device__ __forceinline__ void Answer(Taker& taker);
   // For takers. Exact token i, counted from 0: its part and its head-local slot there.
-  __device__ __forceinline__ int rank() const { return rank_; }
   __device__ __forceinline__ int ExactCount() const { return s_.exact_count; }
   __device__ __forceinline__ const DeviceIndexPart& ExactToken(int i, int* slot) {
     const int token = Array<int>(plan_.exact_token)[i];
     *slot = SlotOf(token);
     return PartOf(Listed()[TokenEntry()[token]]);
   }
-  // The block has StateShare() numbers, an even count, of the state [group, 128] from rank() *
-  // StateShare() on: number i of them; and the log-sum-exp of a head.
-  __device__ __forceinline__ int StateShare() const {
-    return (kAnswerHeads * kAnswerDim / 2 + plan_.blocks - 1) / plan_.blocks * 2;
+  // The block has StateCount() numbers, an even count, of the state [group, 128] from StateBegin()
+  // on: number i of them; and the log-sum-exps of LseCount() of its heads: that of head i.
+  __device__ __forceinline__ int StateBegin() const {
+    return quad_ * kAnswerHeads * kAnswerDim + rank_ * StateShare();
+  }
+  __device__ __forceinline__ int StateCount() const {
+    return max(0, min(StateShare(), Heads() * kAnswerDim - rank_ * StateShare()));
   }
   __device__ __forceinline__ float StateNumber(int i, bool any) const;
-  __device__ __forceinline__ float StateLse(int head, bool any) const;
+  __device__ __forceinline__ int LseCount() const { return rank_ == 0 ? Heads() : 0; }
+  __device__ __forceinline__ float StateLse(int i, bool any) const;
 
  private:
   template <typename T>
   __device__ __forceinline__ T* Array(int offset) const {
     return reinterpret_cast<T*>(SharedMemory() + offset_ + offset);
   }
-  __device__ __forceinline__ float4* ClusterLogits() { return Array<float4>(plan_.cluster_logits); }
+  __device__ __forceinline__ bool IsFar() const { return kLarge && plan_.far; }
+  __device__ __forceinline__ float4 ClusterLogits(int cluster) {
+    return IsFar() ? LoadFar(far_ + cluster) : Array<float4>(plan_.cluster_logits)[cluster];
+  }
   __device__ __forceinline__ float4* TokenLogits() { return Array<float4>(plan_.token_logits); }
   __device__ __forceinline__ int* Sizes() { return Array<int>(plan_.sizes); }
   __device__ __forceinline__ uint32_t* Keys() { return Array<uint32_t>(plan_.keys); }
@@ -311,9 +356,20 @@ class PairAnswer {
     const DeviceIndexPart& part = PartOf(Listed()[TokenEntry()[token]]);
     return Element(part.codes, part.tokens, SlotOf(token));
   }
-  // x / blocks, for multiples of blocks below 2^20 exact.
+  // x / quad_blocks, for multiples of quad_blocks below 2^20 exact.
   __device__ __forceinline__ int ShareOf(int x) const {
     return static_cast<int>(static_cast<uint64_t>(x) * plan_.block_inverse >> 20);
+  }
+  __device__ __forceinline__ int Quads() const { return !kLarge ? 1 : plan_.quads; }
+  // Which of the cluster's blocks is block k of this one's quad.
+  __device__ __forceinline__ int BlockOf(int k) const { return k * Quads() + quad_; }
+  // Of the cluster's blocks: writes the selection.
+  __device__ __forceinline__ bool IsLast() const { return BlockOf(rank_) == plan_.blocks - 1; }
+  // The other quad's block of this one's rank; -1: there is none.
+  __device__ __forceinline__ int Peer() const { return Quads() == 1 ? -1 : BlockOf(rank_) ^ 1; }
+  // Of the quad's numbers: what a block has of the state at most.
+  __device__ __forceinline__ int StateShare() const {
+    return (kAnswerHeads * kAnswerDim / 2 + plan_.quad_blocks - 1) / plan_.quad_blocks * 2;
   }
   // The block's share of tiles of 16 rows.
   __device__ __forceinline__ void Share(int rows, int* begin, int* end) const {
@@ -335,7 +391,7 @@ class PairAnswer {
                                                 uint2 (*operands)[kWarp], const Channel& channel);
   __device__ __forceinline__ void PrepareCodeSums(int head, float inverse);
   __device__ __forceinline__ float4 TileRow(float (&sum)[4]) const;
-  __device__ __forceinline__ void Publish(float4* rows, int row, float4 logits);
+  __device__ __forceinline__ void Publish(float4* row, float4 logits);
   __device__ __forceinline__ void ScoreCentroids();
   __device__ __forceinline__ void ScoreSinks();
   __device__ __forceinline__ void ChooseClusters();
@@ -377,7 +433,7 @@ class PairAnswer {
   __device__ __forceinline__ int ExactPosition(int i);
   __device__ __forceinline__ void WriteSelection(const SelectCudaOutput& out, int row);
   __device__ __forceinline__ void WriteState(const SelectCudaOutput& out, int row, bool any);
-  __device__ __forceinline__ float StateWeight(int head, bool any) const;
+  __device__ __forceinline__ float StateWeight(int head) const;
 
   struct Writer {
     const SelectCudaOutput& out;
@@ -406,7 +462,9 @@ class PairAnswer {
   const AnswerPlan& plan_;
   const int offset_;
   AnswerShared& s_;
-  const int rank_, thread_, lane_, warp_;
+  const int quad_, rank_;  // rank_: of the quad's blocks
+  float4* const far_;      // the quad's clusters' logits, where they are in memory
+  const int thread_, lane_, warp_;
 
   int part_count_ = 0, clusters_ = 0, kv_head_ = 0, sinks_ = 0;
   const DeviceIndexPart* parts_ = nullptr;

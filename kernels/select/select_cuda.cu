@@ -1323,7 +1323,8 @@ int32_t ExactCapacity(const SelectCudaParams& params) { return params.budget_tok
 int64_t SelectCudaWorkspaceBytes(const SelectCudaParams& params, int32_t pairs) {
   if (!Valid(params) || pairs <= 0) return 0;
   const Plan plan = MakePlan(params, pairs);
-  return pairs * (plan.pair_bytes + plan.blocks * plan.block_bytes);
+  return max(pairs * (plan.pair_bytes + plan.blocks * plan.block_bytes),
+             AnswerWorkspaceBytes(params, pairs));
 }
 
 cudaError_t LaunchSelect(const SelectCudaParams& params, const SelectCudaPair* pairs,
@@ -1333,7 +1334,8 @@ cudaError_t LaunchSelect(const SelectCudaParams& params, const SelectCudaPair* p
     return cudaErrorInvalidValue;
   }
   if (pair_count == 0) return cudaSuccess;
-  if (cudaError_t error; LaunchAnswer(params, pairs, pair_count, output, stream, &error)) {
+  if (cudaError_t error;
+      LaunchAnswer(params, pairs, pair_count, output, workspace, stream, &error)) {
     return error;
   }
   const Plan plan = MakePlan(params, pair_count);

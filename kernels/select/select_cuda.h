@@ -18,6 +18,9 @@
 
 namespace clusterkv::kernels {
 
+// Quads of so many query heads: what a block answers of a pair in the kernel for the usual shapes.
+__host__ __device__ inline int32_t QuadsOf(int32_t group) { return (group + 3) / 4; }
+
 // Of the launch: all pairs alike.
 struct SelectCudaParams {
   int32_t group = 0;                                  // query heads per KV head, 1 to 32
@@ -34,7 +37,8 @@ struct SelectCudaParams {
   int32_t max_clusters = 0;  // clusters of a pair, over its parts
   int32_t max_sinks = 0;
   // Blocks that share one pair (a thread-block cluster): 1 to 8, or 16; 0: as the batch and the
-  // device suggest. More than 1 needs compute capability 9.0.
+  // device suggest. More than 1 needs compute capability 9.0. The kernel for the usual shapes
+  // (answer_pair.cuh) takes multiples of QuadsOf(group).
   int32_t blocks_per_pair = 0;
   // Takes the kernel for every shape also where there is the one for the usual shape
   // (answer_pair.cuh): the two check each other.

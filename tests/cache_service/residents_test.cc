@@ -16,7 +16,7 @@ constexpr int kMultiprocessors = 132;
 class NotingEnd : public ResidentEnd {
  public:
   explicit NotingEnd(int pairs) : pairs_(pairs) {}
-  int pairs() const override { return pairs_; }
+  ResidentRound round() const override { return {pairs_}; }
   absl::Status Start(const ResidentPlace& place, const std::vector<ResidentEnd*>& others) override {
     if (first_ != nullptr) return absl::OkStatus();
     std::vector<NotingEnd*> all = {this};
@@ -55,7 +55,7 @@ class ResidentsTest : public ::testing::Test {
     residents_.Remove(&end);
   }
   int BlocksPerPair(int pairs) {
-    return residents_.LaunchSelect(pairs, [](int blocks) { return blocks; });
+    return residents_.LaunchSelect({pairs}, [](int blocks) { return blocks; });
   }
 
   Residents residents_{kMultiprocessors};

@@ -231,6 +231,21 @@ TEST_F(EngineResidentTest, BFloat16) {
   }
 }
 
+TEST_F(EngineResidentTest, SevenAndEightQueryHeadsPerKvHead) {
+  constexpr int64_t kSteps = 2;
+  for (const int64_t group : {7, 8}) {
+    query_heads_ = group * kv_heads_;
+    ASSERT_NO_FATAL_FAILURE(Start(ElementType::kFloat32));
+    ASSERT_NO_FATAL_FAILURE(Add(100, kSteps));
+    const absl::Status joined = engine_->Join(Batch());
+    ASSERT_TRUE(joined.ok()) << joined;
+    for (int64_t step = 0; step < kSteps; ++step) {
+      ASSERT_NO_FATAL_FAILURE(Decode(step, 5e-4f));
+    }
+    TearDown();
+  }
+}
+
 // Each has more pairs than half of the multiprocessors: one kernel serves both.
 TEST_F(EngineResidentTest, GroupsThatAreServedTogetherGetWhatIsTheirs) {
   constexpr int64_t kSteps = 2;

@@ -289,6 +289,19 @@ const SelectCase kSelectCases[] = {
     {.name = "half_edges", .head_dim = 128, .group = 4, .kv_heads = 2, .parts = {1100},
      .codes = {2, 32}, .params = Params(64, 512, 0.25f), .type = ElementType::kFloat32,
      .balanced = false, .half_edges = true},
+    {.name = "small", .head_dim = 128, .group = 4, .kv_heads = 1, .parts = {150},
+     .codes = {2, 32}, .params = Params(20, 80, 0.25f), .sinks = 2, .page_bytes = 4096},
+    {.name = "small_eight", .head_dim = 128, .group = 8, .kv_heads = 1, .parts = {150},
+     .codes = {2, 32}, .params = Params(20, 80, 0.25f), .sinks = 2, .page_bytes = 4096},
+    {.name = "eight_heads", .head_dim = 128, .group = 8, .kv_heads = 2, .parts = {1103, 320},
+     .codes = {2, 32}, .params = Params(64, 512, 0.25f)},
+    {.name = "seven_heads", .head_dim = 128, .group = 7, .kv_heads = 1,
+     .parts = {401, 17, 16, 33, 18, 19, 20, 21, 22}, .codes = {2, 32},
+     .params = Params(97, 211, 1.0f), .sinks = 5, .page_bytes = 4096},
+    {.name = "five_heads", .head_dim = 128, .group = 5, .kv_heads = 1, .parts = {700, 17},
+     .codes = {0, 32}, .params = Params(100, 0, 0.25f)},
+    {.name = "eight_equal", .head_dim = 128, .group = 8, .kv_heads = 1, .parts = {1000},
+     .codes = {2, 32}, .params = Params(30, 700, 0.25f), .balanced = false, .equal_keys = true},
 };
 // clang-format on
 

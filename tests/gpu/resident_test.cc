@@ -53,7 +53,8 @@ struct Selected {
 // of its own.
 class ResidentCase {
  public:
-  ResidentCase(const std::string& name, ElementType query_type, int slots)
+  // max_clusters: what memory is laid out for; 0: as many as there are.
+  ResidentCase(const std::string& name, ElementType query_type, int slots, int32_t max_clusters = 0)
       : name_(name),
         file_(CaseFile::Read(Registry::Get().cases + "/select_" + name + ".case")),
         sizes_(file_.Get<int64_t>("shape")),
@@ -65,6 +66,7 @@ class ResidentCase {
     shape_.head_dim = static_cast<int32_t>(sizes_[2]);
     shape_.query_type = query_type;
     select_ = SelectParamsOf(file_, index_);
+    select_.max_clusters = std::max(select_.max_clusters, max_clusters);
     shape_.max_exact = kernels::ExactCapacity(select_);
     shape_.slots = slots;
     MakeRows();
@@ -525,11 +527,12 @@ const std::vector<bool> kAtOnce = {false};
 const std::vector<bool> kAtOnce = {false, true};
 #endif
 
-void RunCase(ElementType query_type, int slots, int steps, const std::vector<int>& blocks,
-             const std::vector<bool>& both = kAtOnce) {
+void RunCase(const std::string& name, ElementType query_type, int slots, int steps,
+             const std::vector<int>& blocks, const std::vector<bool>& both = kAtOnce,
+             int32_t max_clusters = 0) {
   for (const bool at_once : both) {
     for (const int blocks_per_pair : blocks) {
-      ResidentCase test("default", query_type, slots);
+      ResidentCase test(name, query_type, slots, max_clusters);
       // Room for three pairs at a time.
       test.Run(blocks_per_pair, blocks_per_pair * 3, steps, at_once);
     }
@@ -537,12 +540,26 @@ void RunCase(ElementType query_type, int slots, int steps, const std::vector<int
 }
 
 GPU_TEST(ResidentLoopAnswersAsSelectAndAttentionDo) {
-  RunCase(ElementType::kFloat32, 64, 4, {1, 3});
+  RunCase("default", ElementType::kFloat32, 64, 4, {1, 3});
 }
-GPU_TEST(ResidentBFloat16QueriesAndALargerCache) { RunCase(ElementType::kBFloat16, 256, 3, {4}); }
+GPU_TEST(ResidentBFloat16QueriesAndALargerCache) {
+  RunCase("default", ElementType::kBFloat16, 256, 3, {4});
+}
+GPU_TEST(ResidentEightHeads) { RunCase("eight_heads", ElementType::kBFloat16, 64, 3, {2, 6}); }
+GPU_TEST(ResidentManyClusters) {
+  RunCase("default", ElementType::kFloat32, 64, 2, {1, 2}, kAtOnce, 8192);
+}
+GPU_TEST(ResidentManyClustersOfEightHeads) {
+  RunCase("eight_heads", ElementType::kFloat32, 64, 2, {2}, kAtOnce, 8192);
+}
+GPU_TEST(ResidentSevenHeads) { RunCase("seven_heads", ElementType::kFloat32, 128, 2, {4}); }
 
 // Few, for tools that run kernels one after the other, and slowly.
-GPU_TEST(ResidentRoundsInTurn) { RunCase(ElementType::kBFloat16, 64, 1, {2}, {false}); }
+GPU_TEST(ResidentRoundsInTurn) {
+  for (const char* name : {"small", "small_eight"}) {
+    RunCase(name, ElementType::kBFloat16, 32, 1, {2}, {false});
+  }
+}
 
 GPU_TEST(ResidentTakesAsManyClustersAsItSays) {
   ServeParams serve;
@@ -555,13 +572,15 @@ GPU_TEST(ResidentTakesAsManyClustersAsItSays) {
   serve.select.estimated_fraction = 0.25f;
   serve.select.blocks_per_pair = serve.blocks = 1;
   const int32_t most = kernels::MostServedClusters(serve);
-  GPU_CHECK(most > 2048) << most << " clusters\n";  // 32k tokens by 16
+  GPU_CHECK(most > 8192) << most << " clusters\n";  // 128k tokens by 16
   serve.select.max_clusters = most;
   GPU_CHECK(kernels::ServeWorkspaceBytes(serve) > 0) << most << "\n";
   serve.select.max_clusters = most + 1;
   GPU_CHECK(kernels::ServeWorkspaceBytes(serve) == 0) << most << "\n";
   shape.group = serve.select.group = 5;
-  GPU_CHECK(kernels::MostServedClusters(serve) == 0);
+  GPU_CHECK(kernels::MostServedClusters(serve) == 0) << "by a block for two quads\n";
+  serve.select.blocks_per_pair = serve.blocks = 2;
+  GPU_CHECK(kernels::MostServedClusters(serve) == most);
 }
 
 // Groups of one kernel.

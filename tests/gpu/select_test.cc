@@ -29,18 +29,24 @@ struct Answer {
 
 class SelectCase {
  public:
-  explicit SelectCase(const std::string& name)
+  // max_clusters: what memory is laid out for; 0: as many as there are.
+  SelectCase(const std::string& name, int32_t max_clusters)
       : name_(name),
         file_(CaseFile::Read(Registry::Get().cases + "/select_" + name + ".case")),
         shape_(file_.Get<int64_t>("shape")),
         index_(file_, static_cast<int>(shape_[7])),
-        params_(SelectParamsOf(file_, index_)) {}
+        params_(SelectParamsOf(file_, index_)) {
+    params_.max_clusters = std::max(params_.max_clusters, max_clusters);
+  }
 
   // Of the shape that has a kernel of its own.
   bool Usual() const {
-    return params_.head_dim == 128 && params_.group <= 4 &&
+    return params_.head_dim == 128 && params_.group <= 8 &&
            (params_.scored_tokens == 0 || (params_.code_bits == 2 && params_.group_channels == 32));
   }
+
+  // A pair's blocks are a multiple of it.
+  int Quads() const { return (params_.group + 3) / 4; }
 
   Answer Run(int blocks, bool general) {
     SelectCudaParams params = params_;
@@ -160,12 +166,20 @@ class SelectCase {
   SelectCudaParams params_;
 };
 
-void RunCase(const std::string& name, size_t allowed_differences = 0) {
-  SelectCase test(name);
+// Few and small launches, for tools that are slow.
+void RunSmall(const std::string& name, int32_t max_clusters = 0) {
+  SelectCase test(name, max_clusters);
+  for (const int share : {1, 2}) test.Compare(test.Run(share * test.Quads(), false), 0);
+}
+
+void RunCase(const std::string& name, size_t allowed_differences = 0, int32_t max_clusters = 0) {
+  SelectCase test(name, max_clusters);
   for (const bool general : {true, false}) {
     if (!general && !test.Usual()) continue;
-    for (int blocks : {1, 3, 4, 8}) {
-      if (general && blocks % 4 == 3) continue;
+    for (int share : {1, 3, 4, 8}) {
+      if (general && share % 4 == 3) continue;
+      const int blocks = general ? share : share * test.Quads();
+      if (blocks > 8) continue;
       const Answer first = test.Run(blocks, general);
       test.Compare(first, allowed_differences);
       if (blocks != 4) continue;
@@ -192,6 +206,16 @@ GPU_TEST(SelectThreeHeadsOverManyParts) { RunCase("three_heads"); }
 GPU_TEST(SelectEqualTokensGoToTheLowerPosition) { RunCase("equal_tokens"); }
 GPU_TEST(SelectScoresTokensThatFillNoWarp) { RunCase("odd_tokens"); }
 GPU_TEST(SelectAmongClustersOfNearlyEqualRank) { RunCase("flat", 2); }
+GPU_TEST(SelectEightHeads) { RunCase("eight_heads"); }
+GPU_TEST(SelectSevenHeadsOverManyParts) { RunCase("seven_heads"); }
+GPU_TEST(SelectFiveHeadsWithoutCodes) { RunCase("five_heads"); }
+GPU_TEST(SelectEightHeadsOfEqualTokens) { RunCase("eight_equal"); }
+GPU_TEST(SelectSmall) { RunSmall("small"); }
+GPU_TEST(SelectSmallOfEightHeads) { RunSmall("small_eight"); }
+GPU_TEST(SelectSmallWithRoomForManyClusters) { RunSmall("small_eight", 8192); }
+// More clusters than shared memory holds logits of.
+GPU_TEST(SelectRoomForManyClusters) { RunCase("default", 0, 8192); }
+GPU_TEST(SelectRoomForManyClustersOfEightHeads) { RunCase("eight_heads", 0, 8192); }
 
 }  // namespace
 }  // namespace clusterkv::gpu_test

@@ -16,6 +16,7 @@ import statistics
 import torch
 
 ROUNDS = 7
+GROUP = 4  # query heads per KV head where nothing else is said
 
 
 class Library:
@@ -29,6 +30,11 @@ class Library:
         function = getattr(self.lib, name)
         function.restype = ctypes.c_void_p
         return function(*args)
+
+    def free(self):
+        """The memory of all that was created."""
+        torch.cuda.synchronize()
+        self.lib.ckv_free()
 
     def runner(self, name, handle):
         function = getattr(self.lib, name)
@@ -155,9 +161,9 @@ def bench_select(library, report):
         layers = 8
         pairs = sequences * 8
         handle = library.create("ckv_select_create", sequences, clusters, 0, ctypes.c_float(0),
-                                layers, 0)
+                                layers, 0, GROUP)
         centroids = torch.randn(layers, pairs, clusters, 128, device="cuda").half()
-        queries = torch.randn(layers, pairs, 128, 4, device="cuda").half()
+        queries = torch.randn(layers, pairs, 128, GROUP, device="cuda").half()
 
         def gemv(layer):
             return torch.bmm(centroids[layer], queries[layer])
@@ -181,7 +187,7 @@ def bench_select(library, report):
 def bench_answer(library, report):
     for sequences, layers in ((1, 32), (4, 32), (16, 8)):
         handle = library.create("ckv_select_create", sequences, 2048, 2048, ctypes.c_float(0.25),
-                                layers, 0)
+                                layers, 0, GROUP)
         ours, peer = compare([library.runner("ckv_select_run", handle),
                               library.runner("ckv_select_peer", handle)], layers)
         report.add(f"answer, 32k, batch {sequences}, W = 2,048", ours, "us",
@@ -192,7 +198,7 @@ def bench_round(library, report):
     """A round of the resident kernel: one a launch, with queries that are there already."""
     for sequences, blocks, layers in ((1, 8, 16), (4, 4, 16), (4, 3, 16), (16, 1, 8)):
         answer = library.create("ckv_select_create", sequences, 2048, 2048, ctypes.c_float(0.25),
-                                layers, 0)
+                                layers, 0, GROUP)
         handle = library.create("ckv_round_create", ctypes.c_void_p(answer), blocks)
         peer = library.runner("ckv_select_peer", answer)
         for layer in range(layers):  # the peer reads what these chose
@@ -200,6 +206,20 @@ def bench_round(library, report):
         ours, floor = compare([library.runner("ckv_round_run", handle), peer], layers)
         report.add(f"a resident round, 32k, batch {sequences}, {blocks} blocks a pair", ours, "us",
                    "reading the same scattered bytes", floor, ours / floor, "-")
+
+
+def bench_answer_large(library, report):
+    """Pairs of 8 query heads, and of 128k tokens."""
+    for group, clusters in ((8, 2048), (4, 8192), (8, 8192)):
+        for sequences, layers in ((1, 8), (4, 4), (16, 2)):
+            handle = library.create("ckv_select_create", sequences, clusters, 2048,
+                                    ctypes.c_float(0.25), layers, 0, group)
+            ours, peer = compare([library.runner("ckv_select_run", handle),
+                                  library.runner("ckv_select_general", handle)], layers, 2)
+            label = f"{group} heads, {clusters} clusters, batch {sequences}, W = 2,048"
+            report.add(f"answer, {label}", ours, "us", "the kernel for every shape", peer,
+                       peer / ours, "-")
+            library.free()
 
 
 def bench_answer_parts(library, report):
@@ -210,7 +230,7 @@ def bench_answer_parts(library, report):
             (1, 8, 2048, 0), (1, 8, 0, 0.25), (1, 8, 0, 0), (1, 1, 2048, 0), (1, 1, 0, 0.25),
             (1, 1, 0, 0), (4, 1, 2048, 0.25), (4, 2, 2048, 0.25), (4, 4, 2048, 0.25)):
         handle = library.create("ckv_select_create", sequences, 2048, scored,
-                                ctypes.c_float(estimated), layers, blocks)
+                                ctypes.c_float(estimated), layers, blocks, GROUP)
         ours, peer = compare([library.runner("ckv_select_run", handle),
                               library.runner("ckv_select_peer", handle)], layers)
         report.add(f"answer, batch {sequences}, {blocks} blocks, W = {scored}, {estimated}", ours,
@@ -248,7 +268,7 @@ def main():
     parser = argparse.ArgumentParser()
     parser.add_argument("--lib", required=True)
     parser.add_argument("--out", required=True)
-    parser.add_argument("--only", default="kmeans,index,select,answer,round,answer_parts,attention,move")
+    parser.add_argument("--only", default="kmeans,index,select,answer,answer_large,round,answer_parts,attention,move")
     options = parser.parse_args()
     torch.manual_seed(1)
     stream = torch.cuda.Stream()
@@ -261,6 +281,7 @@ def main():
             except RuntimeError as error:  # the rest is still worth having
                 print(f"{name}: {error}", flush=True)
                 failed.append(name)
+            library.free()
     result = {"machine": torch.cuda.get_device_name(),
               "date": datetime.date.today().isoformat(), "rows": report.rows}
     pathlib.Path(options.out, "gpu.json").write_text(json.dumps(result, indent=1) + "\n")

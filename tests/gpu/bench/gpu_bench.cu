@@ -27,10 +27,13 @@ namespace {
 std::mt19937_64 generator(11);
 constexpr int64_t kPageBytes = 1 << 16;
 
+std::vector<void*> allocated;  // all that ckv_free frees
+
 template <typename T>
 T* Allocate(int64_t count) {
   T* data;
   BENCH_OK(cudaMalloc(&data, std::max<int64_t>(1, count) * sizeof(T)));
+  allocated.push_back(data);
   return data;
 }
 template <typename T>
@@ -126,7 +129,7 @@ DeviceIndexPart MakePart(int clusters, uint64_t seed) {
     std::shuffle(order.begin(), order.end(), generator);
     positions.insert(positions.end(), order.begin(), order.end());
   }
-  static uint32_t* zero = Upload(std::vector<uint32_t>{0});
+  uint32_t* const zero = Upload(std::vector<uint32_t>{0});
   part.cluster_begin =
       MakeDevicePagedView(Upload(begin), zero, static_cast<int64_t>(begin.size()) * 4, 4);
   part.positions =
@@ -199,16 +202,22 @@ __global__ void EmptyKernel() {}
 
 extern "C" {
 
+// The device memory of all that was created, which is used no more.
+void ckv_free() {
+  for (void* data : allocated) BENCH_OK(cudaFree(data));
+  allocated.clear();
+}
+
 int ckv_empty_run(void*, int, cudaStream_t stream) {
   EmptyKernel<<<1, 32, 0, stream>>>();
   return cudaGetLastError();
 }
 
 void* ckv_select_create(int sequences, int clusters, int scored_tokens, float estimated, int layers,
-                        int blocks_per_pair) {
+                        int blocks_per_pair, int group) {
   auto* bench = new SelectBench;
   SelectCudaParams& p = bench->params;
-  p.group = kGroup;
+  p.group = group;
   p.head_dim = kDim;
   p.scale = 0.0883883f;
   p.scored_tokens = scored_tokens;
@@ -227,8 +236,8 @@ void* ckv_select_create(int sequences, int clusters, int scored_tokens, float es
       parts.push_back(MakePart(clusters, 1000 * (layer + 1) + 2 * s));
     }
     DeviceIndexPart* device_parts = Upload(parts);
-    float* queries = Allocate<float>(int64_t{pairs} * kGroup * kDim);
-    FillFloats<<<256, 256>>>(queries, int64_t{pairs} * kGroup * kDim, 77 + layer, 2.0f);
+    float* queries = Allocate<float>(int64_t{pairs} * group * kDim);
+    FillFloats<<<256, 256>>>(queries, int64_t{pairs} * group * kDim, 77 + layer, 2.0f);
     std::vector<SelectCudaPair> host(pairs);
     for (int i = 0; i < pairs; ++i) {
       host[i].parts = device_parts + i / kHeads;
@@ -236,7 +245,7 @@ void* ckv_select_create(int sequences, int clusters, int scored_tokens, float es
       host[i].clusters = clusters;
       host[i].kv_head = i % kHeads;
       host[i].sink_tokens = 16;
-      host[i].queries = queries + int64_t{i} * kGroup * kDim;
+      host[i].queries = queries + int64_t{i} * group * kDim;
       host[i].sink_keys = reinterpret_cast<const unsigned char*>(sinks);
       host[i].sink_key_stride_bytes = 2 * kDim;
     }
@@ -252,8 +261,8 @@ void* ckv_select_create(int sequences, int clusters, int scored_tokens, float es
     out.scored_clusters = Allocate<int32_t>(int64_t{pairs} * clusters);
     out.estimated_count = Allocate<int32_t>(pairs);
     out.estimated_clusters = Allocate<int32_t>(int64_t{pairs} * clusters);
-    out.state_output = Allocate<float>(int64_t{pairs} * kGroup * kDim);
-    out.state_lse = Allocate<float>(int64_t{pairs} * kGroup);
+    out.state_output = Allocate<float>(int64_t{pairs} * group * kDim);
+    out.state_lse = Allocate<float>(int64_t{pairs} * group);
     bench->outputs.push_back(out);
     bench->workspaces.push_back(Allocate<unsigned char>(SelectCudaWorkspaceBytes(p, pairs)));
   }
@@ -263,6 +272,14 @@ void* ckv_select_create(int sequences, int clusters, int scored_tokens, float es
 int ckv_select_run(void* handle, int layer, cudaStream_t stream) {
   auto* b = static_cast<SelectBench*>(handle);
   return LaunchSelect(b->params, b->device_pairs[layer], b->pairs, b->outputs[layer],
+                      b->workspaces[layer], stream);
+}
+// By the kernel for every shape.
+int ckv_select_general(void* handle, int layer, cudaStream_t stream) {
+  auto* b = static_cast<SelectBench*>(handle);
+  SelectCudaParams params = b->params;
+  params.general = true;
+  return LaunchSelect(params, b->device_pairs[layer], b->pairs, b->outputs[layer],
                       b->workspaces[layer], stream);
 }
 // Reads the bytes of the last run's answer.
@@ -290,7 +307,7 @@ void* ckv_round_create(void* of, int blocks_per_pair) {
   ResidentShape& s = serve.shape;
   s.layers = static_cast<int32_t>(select.device_pairs.size());
   s.pairs = select.pairs;
-  s.group = kGroup;
+  s.group = select.params.group;
   s.head_dim = kDim;
   s.max_exact = select.params.budget_tokens;
   s.slots = 256;
@@ -324,7 +341,7 @@ void* ckv_round_create(void* of, int blocks_per_pair) {
   ask.hot_cache = serve.hot_cache;
   ask.rounds = reinterpret_cast<const uint64_t*>(zeros(8));
   ask.status = reinterpret_cast<uint32_t*>(zeros(4));
-  const int64_t numbers = int64_t{s.pairs} * kGroup * kDim;
+  const int64_t numbers = int64_t{s.pairs} * s.group * kDim;
   uint16_t* queries = Allocate<uint16_t>(numbers);
   for (int layer = 0; layer < s.layers; ++layer) {
     FillBFloat16<<<256, 256>>>(queries, numbers, 77 + layer);
