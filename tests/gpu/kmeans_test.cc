@@ -1,6 +1,7 @@
 #include <algorithm>
 #include <cmath>
 #include <memory>
+#include <random>
 #include <string>
 #include <vector>
 
@@ -133,6 +134,85 @@ class KMeansCase {
   std::vector<KMeansCudaProblem> problems_;
 };
 
+// Problems of one size over random rows: more blocks of rows than multiprocessors.
+class KMeansBatch {
+ public:
+  KMeansBatch(int problems, int rows, int clusters)
+      : problems_(problems),
+        rows_(rows),
+        clusters_(clusters),
+        data_(RandomRows(int64_t{problems} * rows * kDim)),
+        pages_(std::vector<uint32_t>(1)),
+        labels_(static_cast<size_t>(problems) * rows),
+        order_(labels_.size()),
+        centroids_(static_cast<size_t>(problems) * clusters * kDim),
+        begin_(static_cast<size_t>(problems) * (clusters + 1)) {
+    params_.dim = kDim;
+    params_.iterations = 3;
+    params_.max_rows = rows;
+    params_.max_clusters = clusters;
+  }
+
+  struct Result {
+    std::vector<int32_t> labels;
+    std::vector<float> centroids;
+    bool operator==(const Result& other) const {
+      return labels == other.labels && centroids == other.centroids;
+    }
+  };
+  // So many problems a launch.
+  Result Run(int at_once, bool plain) {
+    params_.plain = plain;
+    DeviceArray<unsigned char> workspace(kernels::KMeansCudaWorkspaceBytes(params_, at_once));
+    for (int first = 0; first < problems_; first += at_once) {
+      std::vector<KMeansCudaProblem> host;
+      for (int i = first; i < std::min(problems_, first + at_once); ++i) {
+        host.push_back(ProblemOf(i));
+      }
+      DeviceArray<KMeansCudaProblem> problems(host);
+      GPU_OK(kernels::LaunchKMeans(params_, problems.data(), static_cast<int32_t>(host.size()),
+                                   workspace.data(), nullptr));
+      GPU_OK(cudaDeviceSynchronize());
+    }
+    GPU_CHECK(workspace.GuardsHold() && labels_.GuardsHold() && centroids_.GuardsHold());
+    return {labels_.Host(), centroids_.Host()};
+  }
+
+ private:
+  static constexpr int kDim = 128;
+
+  static std::vector<uint16_t> RandomRows(int64_t numbers) {
+    std::mt19937 generator(5);
+    std::vector<uint16_t> rows(static_cast<size_t>(numbers));
+    for (uint16_t& x : rows) {
+      // A bf16 of [.5, 2) or its negative.
+      x = static_cast<uint16_t>(0x3f00u + (generator() & 0xffu) + (generator() & 0x8000u));
+    }
+    return rows;
+  }
+  KMeansCudaProblem ProblemOf(int i) const {
+    KMeansCudaProblem problem;
+    problem.rows = kernels::MakeDevicePagedView(reinterpret_cast<unsigned char*>(data_.data()),
+                                                pages_.data(), 2 * data_.size(), 2 * kDim);
+    problem.first_row = static_cast<uint32_t>(i * rows_);
+    problem.row_count = rows_;
+    problem.cluster_count = clusters_;
+    problem.labels = labels_.data() + int64_t{i} * rows_;
+    problem.order = order_.data() + int64_t{i} * rows_;
+    problem.centroids = centroids_.data() + int64_t{i} * clusters_ * kDim;
+    problem.begin = begin_.data() + int64_t{i} * (clusters_ + 1);
+    return problem;
+  }
+
+  const int problems_, rows_, clusters_;
+  DeviceArray<uint16_t> data_;
+  DeviceArray<uint32_t> pages_;
+  DeviceArray<int32_t> labels_, order_;
+  DeviceArray<float> centroids_;
+  DeviceArray<int32_t> begin_;
+  KMeansCudaParams params_;
+};
+
 void RunCase(const std::string& name) {
   for (const bool plain : {false, true}) KMeansCase(name).Run(plain);
 }
@@ -146,6 +226,21 @@ GPU_TEST(KMeansOf512Channels) { RunCase("widest"); }
 GPU_TEST(KMeansTiesGoToTheLowerCluster) { RunCase("ties"); }
 GPU_TEST(KMeansNearTiesOfAllKinds) { RunCase("near_ties"); }
 GPU_TEST(KMeansOfManyClusters) { RunCase("many_clusters"); }
+
+GPU_TEST(KMeansIsTheSameInAnyBatch) {
+#ifdef CLUSTERKV_CUDA_EMULATOR
+  KMeansBatch batch(3, 260, 70);
+  constexpr int kFew = 2;
+#else
+  KMeansBatch batch(32, 8192, 512);  // 32k tokens of 8 heads by segments
+  constexpr int kFew = 3;
+#endif
+  const KMeansBatch::Result all = batch.Run(32, false);
+  GPU_CHECK(batch.Run(32, false) == all) << "again\n";
+  GPU_CHECK(batch.Run(kFew, false) == all) << "few at once\n";
+  GPU_CHECK(batch.Run(1, false) == all) << "one at once\n";
+  GPU_CHECK(batch.Run(32, true) == all) << "by the plain kernel\n";
+}
 
 }  // namespace
 }  // namespace clusterkv::gpu_test
