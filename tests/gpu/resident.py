@@ -232,7 +232,12 @@ def main():
     server = Server(args, "cuda:0", arena="16GiB")
     parts = {"compare": compare, "measure": measure, "together": together, "beside": beside,
              "prompts": prompts, "kills": kills, "memcheck": memcheck}
+    # Kernels of two processes take turns on a GPU, milliseconds each: times say nothing there.
+    timed = {"beside", "prompts", "measure", "together"} if len(names) == 1 else {}
     for what in args.only.split(",") + ["memcheck"] * args.memcheck:
+        if what in timed:
+            print(f"{what}: SKIPPED: both ends are on one GPU")
+            continue
         try:
             rows += parts[what](server, worker, failures)
         except (RuntimeError, subprocess.SubprocessError) as error:

@@ -270,6 +270,12 @@ int Run(const Options& options) {
     if (!holds) std::printf("FAILED: %s\n", what);
     failures += holds ? 0 : 1;
   };
+  for (const Measured* m : {&by_window, &by_chunks, &again}) {
+    const std::vector<uint64_t>& digests = m->result.digests;
+    const bool same = std::equal(digests.begin() + 1, digests.end(), digests.begin());
+    expect(same, absl::StrCat("the same index of every layer by ", m->result.way).c_str());
+  }
+  expect(by_window.result.digests == again.result.digests, "the same index by window twice");
   expect(by_window.result.digests == by_chunks.result.digests, "the same index both ways");
   expect(by_window.uploaded == 0 && again.uploaded == 0, "nothing is copied to the GPU by window");
   expect(by_window.result.counts.host_bytes == 0, "no bytes through the host by window");
