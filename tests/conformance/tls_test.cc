@@ -44,8 +44,13 @@ class TlsServer {
   // One call on a connection of its own. peer: the common name that the server showed.
   grpc::Status Call(const std::shared_ptr<grpc::ChannelCredentials>& credentials,
                     std::string* peer = nullptr) {
-    const auto stub = v1::CacheService::NewStub(Channel(harness_.server().address(), credentials));
-    return CallOn(*stub, peer);
+    grpc::Status status;
+    do {
+      const auto stub =
+          v1::CacheService::NewStub(Channel(harness_.server().address(), credentials));
+      status = CallOn(*stub, peer);
+    } while (IsOfAnotherErrno(status));
+    return status;
   }
   static grpc::Status CallOn(v1::CacheService::Stub& stub, std::string* peer) {
     v1::ServerInfo info;
@@ -69,6 +74,13 @@ class TlsServer {
   const CertificateFolder& folder() const { return folder_; }
 
  private:
+  // gRPC 1.51 looks at the errno of connect() after other calls. Under ThreadSanitizer it has been
+  // ENOENT, which no connect() of TCP gives.
+  static bool IsOfAnotherErrno(const grpc::Status& status) {
+    return status.error_code() == grpc::UNAVAILABLE &&
+           status.error_message().find("No such file or directory") != std::string::npos;
+  }
+
   TestAuthority authority_{"authority"};
   CertificateFolder folder_;
   ServiceHarness harness_;
@@ -168,7 +180,8 @@ TEST(TlsTest, CertificatesChangeAHundredTimesUnderLoadWithoutAFailedCall) {
     const std::string name = "server-" + std::to_string(i);
     server.folder().Write(server.authority().IssueServer(name));
     count(server.Call(credentials, &peer));
-    ASSERT_EQ(peer, name) << "a connection after the change sees it";
+    EXPECT_EQ(peer, name) << "a connection after the change sees it";
+    if (peer != name) break;
   }
   over.store(true);
   steady.join();
