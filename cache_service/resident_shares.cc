@@ -30,34 +30,35 @@ double Cost(const ResidentPlace& place, const ResidentRound& round) {
   return turns * (6 + 8.0 * round.quads / place.blocks_per_pair);
 }
 
-// The rounds of several, one after the other.
-double Cost(const ResidentLaunch& launch, const std::vector<ResidentRound>& rounds) {
+// The rounds of several groups of one kernel, one after the other.
+double Cost(const ResidentPlace& place, const std::vector<int>& groups,
+            const std::vector<ResidentRound>& rounds) {
   double cost = 0;
-  for (const int group : launch.groups) cost += Cost(launch.place, rounds[group]);
+  for (const int group : groups) cost += Cost(place, rounds[group]);
   return cost;
 }
 
 // The place of one of so many kernels. `alike`: they all have the same.
-ResidentPlace PlaceOf(const ResidentLaunch& launch, int multiprocessors, int kernels, bool alike,
+ResidentPlace PlaceOf(const std::vector<int>& groups, int multiprocessors, int kernels, bool alike,
                       const std::vector<ResidentRound>& rounds) {
   int pairs = 0, quads = 1;  // of a group, at most; quads are one or two
-  for (const int group : launch.groups) {
+  for (const int group : groups) {
     pairs = std::max(pairs, rounds[group].pairs);
     quads = std::max(quads, rounds[group].quads);
   }
   const int share =
       std::min(std::max(multiprocessors / 2, pairs * quads), SharedOut(multiprocessors) / kernels);
   const int free = multiprocessors - (kernels - 1) * share;
-  ResidentLaunch best = {launch.groups, {}};
+  ResidentPlace best;
   for (int blocks = quads; blocks <= kMaxBlocksPerPair; blocks += quads) {
     const int placed =
         alike ? SurelyPlacedAlone(multiprocessors, blocks) / kernels : SurelyPlaced(free, blocks);
     const int clusters = std::min({share / blocks, placed, pairs});
     if (clusters == 0) break;
-    const ResidentLaunch other = {launch.groups, {blocks, clusters}};
-    if (blocks == quads || Cost(other, rounds) < Cost(best, rounds)) best = other;
+    const ResidentPlace place = {blocks, clusters};
+    if (blocks == quads || Cost(place, groups, rounds) < Cost(best, groups, rounds)) best = place;
   }
-  return best.place;
+  return best;
 }
 
 // So many kernels, which have as many groups each, or one more.
@@ -72,8 +73,8 @@ std::vector<ResidentLaunch> Deal(int multiprocessors, int kernels,
         return round == rounds.front();
       });
   for (ResidentLaunch& launch : launches) {
-    launch.place = alike ? PlaceOf(launches.front(), multiprocessors, kernels, true, rounds)
-                         : PlaceOf(launch, multiprocessors, kernels, false, rounds);
+    const std::vector<int>& groups = alike ? launches.front().groups : launch.groups;
+    launch.place = PlaceOf(groups, multiprocessors, kernels, alike, rounds);
   }
   return launches;
 }
@@ -91,9 +92,10 @@ std::vector<ResidentLaunch> PlaceGroups(int multiprocessors,
   std::vector<ResidentLaunch> own =
       groups == 0 ? std::vector<ResidentLaunch>() : Deal(multiprocessors, groups, rounds);
   const auto none_waits_longer = [&](const ResidentLaunch& launch) {
-    const double cost = Cost(launch, rounds);
-    return std::all_of(launch.groups.begin(), launch.groups.end(),
-                       [&](int group) { return cost <= Cost(own[group], rounds) + kRounding; });
+    const double cost = Cost(launch.place, launch.groups, rounds);
+    return std::all_of(launch.groups.begin(), launch.groups.end(), [&](int group) {
+      return cost <= Cost(own[group].place, rounds[group]) + kRounding;
+    });
   };
   for (int kernels = 1; kernels < groups; ++kernels) {
     if ((groups + kernels - 1) / kernels > kMaxGroupsOfKernel) continue;

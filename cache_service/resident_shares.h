@@ -16,9 +16,7 @@ struct ResidentRound {
   int pairs = 0;
   int quads = 1;  // of four query heads, of a pair: its blocks are a multiple of them
 
-  bool operator==(const ResidentRound& other) const {
-    return pairs == other.pairs && quads == other.quads;
-  }
+  bool operator==(const ResidentRound&) const = default;
 };
 
 // What a resident kernel has: so many thread-block clusters of so many blocks, a multiprocessor

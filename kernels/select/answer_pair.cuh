@@ -35,7 +35,7 @@
 
 namespace clusterkv::kernels::cuda {
 
-constexpr int kAnswerHeads = 4;    // query heads of a quad
+constexpr int kAnswerHeads = kQuadHeads;
 constexpr int kAnswerQuads = 2;    // of a pair at most: one or two
 constexpr int kAnswerDim = 128;    // channels
 constexpr int kAnswerTile = 16;    // rows of one matrix product
@@ -297,7 +297,7 @@ class PairAnswer {
   // The block has StateCount() numbers, an even count, of the state [group, 128] from StateBegin()
   // on: number i of them; and the log-sum-exps of LseCount() of its heads: that of head i.
   __device__ __forceinline__ int StateBegin() const {
-    return quad_ * kAnswerHeads * kAnswerDim + rank_ * StateShare();
+    return FirstHead() * kAnswerDim + rank_ * StateShare();
   }
   __device__ __forceinline__ int StateCount() const {
     return max(0, min(StateShare(), Heads() * kAnswerDim - rank_ * StateShare()));

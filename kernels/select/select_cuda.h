@@ -18,8 +18,12 @@
 
 namespace clusterkv::kernels {
 
-// Quads of so many query heads: what a block answers of a pair in the kernel for the usual shapes.
-__host__ __device__ inline int32_t QuadsOf(int32_t group) { return (group + 3) / 4; }
+// Query heads of a quad: what a block answers of a pair in the kernel for the usual shapes.
+constexpr int32_t kQuadHeads = 4;
+// Quads of so many query heads.
+__host__ __device__ inline int32_t QuadsOf(int32_t group) {
+  return (group + kQuadHeads - 1) / kQuadHeads;
+}
 
 // Of the launch: all pairs alike.
 struct SelectCudaParams {

@@ -46,7 +46,7 @@ class SelectCase {
   }
 
   // A pair's blocks are a multiple of it.
-  int Quads() const { return (params_.group + 3) / 4; }
+  int Quads() const { return kernels::QuadsOf(params_.group); }
 
   Answer Run(int blocks, bool general) {
     SelectCudaParams params = params_;
