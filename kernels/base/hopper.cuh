@@ -74,6 +74,14 @@ __device__ __forceinline__ void FenceBarriers() {
 #endif
 }
 
+// Each thread that has read what a bulk copy will overwrite calls this before the arrival that lets
+// the copy go: copies are not ordered behind the loads of an arrival's threads, nor of its own.
+__device__ __forceinline__ void FenceBeforeCopies() {
+#ifndef CLUSTERKV_CUDA_EMULATOR
+  asm volatile("fence.proxy.async.shared::cta;\n" ::: "memory");
+#endif
+}
+
 // Copies `bytes`, a multiple of 16 like both addresses, and counts them to `barrier`. One thread.
 __device__ __forceinline__ void CopyBulk(void* shared, const void* global, int bytes,
                                          PhaseBarrier* barrier) {

@@ -671,6 +671,7 @@ __device__ void ScoreItems(const Plan& plan, HopperShared<kDim>& shared, unsigne
     const uint16_t* from[2] = {shared.rows[group] + row_in_group * kDim,
                                shared.rows[group] + (row_in_group + 8) * kDim};
     LoadRows<kDim>(from, rows);
+    FenceBeforeCopies();  // of the next rows, and of margins where the last item's were
     __syncwarp();
     if (lane == 0) shared.rows_empty[group].Arrive();
     RowMaxima maxima[2];
