@@ -36,6 +36,12 @@ class Library:
         torch.cuda.synchronize()
         self.lib.ckv_free()
 
+    def digest(self):
+        """Of the results of all that was created, after what the stream was given."""
+        function = self.lib.ckv_digest
+        function.argtypes, function.restype = [ctypes.c_void_p], ctypes.c_uint64
+        return function(torch.cuda.current_stream().cuda_stream)
+
     def runner(self, name, handle):
         function = getattr(self.lib, name)
         function.argtypes = [ctypes.c_void_p, ctypes.c_int, ctypes.c_void_p]
@@ -264,11 +270,55 @@ def bench_move(library, report):
                    "GB/s", "device copy, contiguous", total / peer / 1e3, peer / ours, "-")
 
 
+def bench_same(library, report):
+    """Not a time: whether large batches give the same bits in every run, alone and beside other
+    work, whose blocks come and go between theirs."""
+    runs = 40
+    x = clustered_rows(64, 8192, 128)
+    rows = ctypes.c_void_p(x.data_ptr())
+    quarter = ctypes.c_float(0.25)
+    kernels = [(f"k-means, {problems} problems of 8,192 rows", "ckv_kmeans_run",
+                ("ckv_kmeans_create", rows, problems, 8192, 512, 10)) for problems in (8, 32, 64)]
+    kernels += [(f"index build, 32k, {'k8v4' if k8v4 else 'raw'}", "ckv_index_build",
+                 ("ckv_index_create", 32768, 2, k8v4, 1)) for k8v4 in (0, 1)]
+    kernels += [(f"select, {8 * sequences} rows of 2,048 clusters", "ckv_select_run",
+                 ("ckv_select_create", sequences, 2048, 0, ctypes.c_float(0), 1, 0, GROUP))
+                for sequences in (1, 16, 64)]
+    kernels += [(f"answer, {heads} heads, {clusters} clusters, batch {sequences}", "ckv_select_run",
+                 ("ckv_select_create", sequences, clusters, 2048, quarter, 1, 0, heads))
+                for heads, clusters in ((4, 2048), (8, 2048), (4, 8192), (8, 8192))
+                for sequences in (1, 4, 16)]
+    kernels += [(f"sparse attention, batch 16, 4,096 tokens, {'k8v4' if k8v4 else 'raw'}",
+                 "ckv_attention_run", ("ckv_attention_create", 128, 4096, k8v4, 1))
+                for k8v4 in (0, 1)]
+    other, a = torch.cuda.Stream(), torch.randn(2048, 2048, device="cuda").bfloat16()
+    failed = []
+    for name, run_name, create in kernels:
+        run = library.runner(run_name, library.create(*create))
+        run(0)
+        want = library.digest()
+        differ = [0, 0]
+        for beside in (0, 1):
+            for _ in range(runs):
+                with torch.cuda.stream(other):
+                    for _ in range(8 * beside):
+                        a @ a
+                run(0)
+                differ[beside] += library.digest() != want
+        library.free()
+        report.add(f"other bits in {runs} runs: {name}", differ[0], "runs", "beside products",
+                   differ[1], 0, "0")
+        failed += [name] if any(differ) else []
+    if failed:
+        raise RuntimeError("not the same in every run: " + "; ".join(failed))
+
+
 def main():
     parser = argparse.ArgumentParser()
     parser.add_argument("--lib", required=True)
     parser.add_argument("--out", required=True)
-    parser.add_argument("--only", default="kmeans,index,select,answer,answer_large,round,answer_parts,attention,move")
+    parser.add_argument("--only", default="kmeans,index,select,answer,answer_large,round,"
+                        "answer_parts,attention,move,same")
     options = parser.parse_args()
     torch.manual_seed(1)
     stream = torch.cuda.Stream()

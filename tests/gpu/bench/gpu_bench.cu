@@ -27,13 +27,24 @@ namespace {
 std::mt19937_64 generator(11);
 constexpr int64_t kPageBytes = 1 << 16;
 
-std::vector<void*> allocated;  // all that ckv_free frees
+struct Memory {
+  void* data;
+  int64_t bytes;
+};
+std::vector<Memory> allocated;  // all that ckv_free frees
+std::vector<Memory> results;    // of kernels: what ckv_digest reads
 
 template <typename T>
 T* Allocate(int64_t count) {
   T* data;
   BENCH_OK(cudaMalloc(&data, std::max<int64_t>(1, count) * sizeof(T)));
-  allocated.push_back(data);
+  allocated.push_back({data, count * static_cast<int64_t>(sizeof(T))});
+  return data;
+}
+template <typename T>
+T* AllocateResult(int64_t count) {
+  T* data = Allocate<T>(count);
+  results.push_back(allocated.back());
   return data;
 }
 template <typename T>
@@ -82,6 +93,19 @@ __global__ void FillCodes(uint16_t* to, int64_t tokens, uint64_t seed) {
   }
 }
 
+// Adds a sum over the words that tells of each one and of its place.
+__global__ void AddDigest(const uint32_t* words, int64_t count, uint64_t seed,
+                          unsigned long long* sum) {  // NOLINT(runtime/int)
+  uint64_t mine = 0;
+  for (int64_t i = blockIdx.x * int64_t{blockDim.x} + threadIdx.x; i < count;
+       i += int64_t{gridDim.x} * blockDim.x) {
+    uint64_t x = (static_cast<uint64_t>(words[i]) + seed) * 0x9e3779b97f4a7c15ull + i;
+    x = (x ^ x >> 31) * 0xbf58476d1ce4e5b9ull;
+    mine += x ^ x >> 29;
+  }
+  atomicAdd(sum, static_cast<unsigned long long>(mine));  // NOLINT(runtime/int)
+}
+
 // Space for `count` elements in scattered pages.
 DevicePagedView MakePaged(int64_t element_bytes, int64_t count, unsigned char** memory) {
   const int64_t per_page = kPageBytes / element_bytes;
@@ -91,6 +115,12 @@ DevicePagedView MakePaged(int64_t element_bytes, int64_t count, unsigned char** 
   std::iota(list.begin(), list.end(), 0u);
   std::shuffle(list.begin(), list.end(), generator);
   return MakeDevicePagedView(*memory, Upload(list), kPageBytes, element_bytes);
+}
+
+DevicePagedView MakeResult(int64_t element_bytes, int64_t count, unsigned char** memory) {
+  const DevicePagedView view = MakePaged(element_bytes, count, memory);
+  results.push_back(*(allocated.end() - 2));  // before the list of its pages
+  return view;
 }
 
 // ---- select and answer
@@ -204,8 +234,27 @@ extern "C" {
 
 // The device memory of all that was created, which is used no more.
 void ckv_free() {
-  for (void* data : allocated) BENCH_OK(cudaFree(data));
+  for (const Memory& memory : allocated) BENCH_OK(cudaFree(memory.data));
   allocated.clear();
+  results.clear();
+}
+
+// Of all results of what was created, after what `stream` was given before.
+uint64_t ckv_digest(cudaStream_t stream) {
+  static unsigned long long* const sum = [] {  // NOLINT(runtime/int)
+    unsigned long long* data;                  // NOLINT(runtime/int)
+    BENCH_OK(cudaMalloc(&data, sizeof *data));
+    return data;
+  }();
+  BENCH_OK(cudaMemsetAsync(sum, 0, sizeof *sum, stream));
+  for (size_t i = 0; i < results.size(); ++i) {
+    AddDigest<<<1024, 256, 0, stream>>>(static_cast<const uint32_t*>(results[i].data),
+                                        results[i].bytes / 4, i, sum);
+  }
+  unsigned long long host;  // NOLINT(runtime/int)
+  BENCH_OK(cudaMemcpyAsync(&host, sum, sizeof host, cudaMemcpyDeviceToHost, stream));
+  BENCH_OK(cudaStreamSynchronize(stream));
+  return host;
 }
 
 int ckv_empty_run(void*, int, cudaStream_t stream) {
@@ -253,16 +302,16 @@ void* ckv_select_create(int sequences, int clusters, int scored_tokens, float es
     SelectCudaOutput out;
     out.max_exact = ExactCapacity(p);
     out.max_listed = clusters;
-    out.exact_count = Allocate<int32_t>(pairs);
-    out.positions = Allocate<int32_t>(int64_t{pairs} * out.max_exact);
-    out.parts = Allocate<int32_t>(int64_t{pairs} * out.max_exact);
-    out.slots = Allocate<int32_t>(int64_t{pairs} * out.max_exact);
-    out.scored_count = Allocate<int32_t>(pairs);
-    out.scored_clusters = Allocate<int32_t>(int64_t{pairs} * clusters);
-    out.estimated_count = Allocate<int32_t>(pairs);
-    out.estimated_clusters = Allocate<int32_t>(int64_t{pairs} * clusters);
-    out.state_output = Allocate<float>(int64_t{pairs} * group * kDim);
-    out.state_lse = Allocate<float>(int64_t{pairs} * group);
+    out.exact_count = AllocateResult<int32_t>(pairs);
+    out.positions = AllocateResult<int32_t>(int64_t{pairs} * out.max_exact);
+    out.parts = AllocateResult<int32_t>(int64_t{pairs} * out.max_exact);
+    out.slots = AllocateResult<int32_t>(int64_t{pairs} * out.max_exact);
+    out.scored_count = AllocateResult<int32_t>(pairs);
+    out.scored_clusters = AllocateResult<int32_t>(int64_t{pairs} * clusters);
+    out.estimated_count = AllocateResult<int32_t>(pairs);
+    out.estimated_clusters = AllocateResult<int32_t>(int64_t{pairs} * clusters);
+    out.state_output = AllocateResult<float>(int64_t{pairs} * group * kDim);
+    out.state_lse = AllocateResult<float>(int64_t{pairs} * group);
     bench->outputs.push_back(out);
     bench->workspaces.push_back(Allocate<unsigned char>(SelectCudaWorkspaceBytes(p, pairs)));
   }
@@ -390,7 +439,7 @@ void* ckv_attention_create(int pairs, int tokens, int k8v4, int layers) {
     const int32_t* shuffled = Upload(order);
     float* queries = Allocate<float>(int64_t{pairs} * kGroup * kDim);
     FillFloats<<<256, 256>>>(queries, int64_t{pairs} * kGroup * kDim, 99, 1.0f);
-    float* output = Allocate<float>(int64_t{pairs} * kGroup * kDim);
+    float* output = AllocateResult<float>(int64_t{pairs} * kGroup * kDim);
     for (int scattered = 0; scattered < 2; ++scattered) {
       std::vector<AttentionCudaPair> host(pairs);
       for (int i = 0; i < pairs; ++i) {
@@ -440,10 +489,10 @@ void* ckv_kmeans_create(void* rows, int problems, int rows_per_problem, int clus
   std::iota(pages.begin(), pages.end(), 0u);
   const DevicePagedView view =
       MakeDevicePagedView(rows, Upload(pages), int64_t{rows_per_problem} * kDim * 2, kDim * 2);
-  int32_t* labels = Allocate<int32_t>(all);
-  int32_t* order = Allocate<int32_t>(all);
-  float* centroids = Allocate<float>(int64_t{problems} * clusters * kDim);
-  int32_t* begin = Allocate<int32_t>(int64_t{problems} * (clusters + 1));
+  int32_t* labels = AllocateResult<int32_t>(all);
+  int32_t* order = AllocateResult<int32_t>(all);
+  float* centroids = AllocateResult<float>(int64_t{problems} * clusters * kDim);
+  int32_t* begin = AllocateResult<int32_t>(int64_t{problems} * (clusters + 1));
   std::vector<KMeansCudaProblem> host(problems);
   for (int i = 0; i < problems; ++i) {
     host[i].rows = view;
@@ -505,17 +554,17 @@ void* ckv_index_create(int tokens, int code_bits, int k8v4, int layers) {
     DeviceIndexPart part;
     part.tokens = tokens;
     part.clusters = static_cast<int32_t>(clusters);
-    part.centroids = MakePaged(kRowBytes, kHeads * clusters, &memory);
-    part.value_means = MakePaged(kRowBytes, kHeads * clusters, &memory);
-    part.cluster_begin = MakePaged(4, kHeads * (clusters + 1), &memory);
-    part.positions = MakePaged(4, int64_t{kHeads} * tokens, &memory);
-    part.slots = MakePaged(4, int64_t{kHeads} * tokens, &memory);
-    part.codes = MakePaged(96, int64_t{kHeads} * tokens, &memory);
-    part.records = MakePaged(RecordFormatBytes(p.format, p.element_type, kDim),
-                             int64_t{kHeads} * tokens, &memory);
-    part.channels = MakePaged(12 * kDim, kHeads, &memory);
+    part.centroids = MakeResult(kRowBytes, kHeads * clusters, &memory);
+    part.value_means = MakeResult(kRowBytes, kHeads * clusters, &memory);
+    part.cluster_begin = MakeResult(4, kHeads * (clusters + 1), &memory);
+    part.positions = MakeResult(4, int64_t{kHeads} * tokens, &memory);
+    part.slots = MakeResult(4, int64_t{kHeads} * tokens, &memory);
+    part.codes = MakeResult(96, int64_t{kHeads} * tokens, &memory);
+    part.records = MakeResult(RecordFormatBytes(p.format, p.element_type, kDim),
+                              int64_t{kHeads} * tokens, &memory);
+    part.channels = MakeResult(12 * kDim, kHeads, &memory);
     if (const int64_t remainder_bytes = RemainderFormatBytes(p.format, kDim); remainder_bytes > 0) {
-      part.remainders = MakePaged(remainder_bytes, int64_t{kHeads} * tokens, &memory);
+      part.remainders = MakeResult(remainder_bytes, int64_t{kHeads} * tokens, &memory);
     }
     bench->inputs.push_back(input);
     bench->parts.push_back(part);
