@@ -109,6 +109,16 @@ memcheck() {  # memcheck TEST: of the programs
   }
 }
 
+with_package() {  # with_package SCRIPT ARGUMENT…: what takes the Python package; 77: it is not there
+  local name=$1 code=0
+  shift
+  say "$name"
+  LD_LIBRARY_PATH="$programs/lib:${LD_LIBRARY_PATH:-}" timeout 120 python3 -B \
+    "tests/gpu/$name.py" "--server=$programs/clusterkv-server" "$@" 2>&1 | tee "$logs/$name" ||
+    code=${PIPESTATUS[0]}
+  [ "$code" = 0 ] || [ "$code" = 77 ] || status=1
+}
+
 check() {  # check TOOL TEST:FILTER: a test of the kernels
   local log=$logs/$1.${2/:/.}
   timeout 150 compute-sanitizer --tool "$1" --error-exitcode 9 "$build/${2%%:*}_test" \
@@ -181,11 +191,10 @@ for what in links faults; do
     LD_LIBRARY_PATH="$programs/lib:${LD_LIBRARY_PATH:-}" timeout 120 \
       "$programs/ingest_bench" --kills=5 "--json=$out/ingest.json" 2>&1 |
       tee "$logs/ingest_bench" || status=1
-    ingest=0
-    LD_LIBRARY_PATH="$programs/lib:${LD_LIBRARY_PATH:-}" timeout 120 \
-      python3 -B tests/gpu/transformers_window.py "--server=$programs/clusterkv-server" 2>&1 |
-      tee "$logs/transformers_window" || ingest=${PIPESTATUS[0]}
-    [ "$ingest" = 0 ] || [ "$ingest" = 77 ] || status=1
+  fi
+  if [ "$what" = links ]; then
+    with_package transformers_window
+    with_package torch_engine "--json=$out/torch_engine.json"
   fi
   # Decoding without the host, and a worker that is killed in the middle of it.
   if [ -x "$programs/resident_loop" ]; then
@@ -222,7 +231,8 @@ fi
 python3 - "$out" <<'END'
 import json, pathlib, sys
 out = pathlib.Path(sys.argv[1])
-names = ("gpu", "together", "links", "faults", "ingest", "resident_links", "resident_faults")
+names = ("gpu", "together", "links", "faults", "ingest", "torch_engine", "resident_links",
+         "resident_faults")
 reports = [out / f"{name}.json" for name in names]
 reports = [json.loads(path.read_text()) for path in reports if path.exists()]
 if reports:

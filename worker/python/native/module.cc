@@ -1,8 +1,5 @@
 // The C++ worker for Python: connection, prefill writer, decode session. Messages cross as
 // serialized protobufs, arrays by the buffer protocol or DLPack without copies.
-//
-// Errors leave as (code, reason, message, metadata) through clusterkv.errors.make_error: this file
-// is the one place where the worker's statuses become exceptions.
 #include <nanobind/nanobind.h>
 #include <nanobind/ndarray.h>
 #include <nanobind/stl/string.h>
@@ -23,6 +20,7 @@
 #include "worker/decode_session.h"
 #include "worker/engine_device.h"
 #include "worker/prefill_writer.h"
+#include "worker/python/native/binding.h"
 #include "worker/shards.h"
 #include "worker/window_writer.h"
 
@@ -30,44 +28,6 @@ namespace nb = nanobind;
 
 namespace clusterkv::worker {
 namespace {
-
-void RaiseIfError(const absl::Status& status) {
-  if (status.ok()) return;
-  nb::dict metadata;
-  for (const auto& [key, value] : MetadataOf(status)) {
-    metadata[nb::str(key.c_str())] = nb::str(value.c_str());
-  }
-  const v1::ErrorReason reason = ReasonOf(status);
-  const std::string name = status.GetPayload("type.googleapis.com/google.rpc.ErrorInfo").has_value()
-                               ? v1::ErrorReason_Name(reason)
-                               : std::string();
-  nb::object error = nb::module_::import_("clusterkv.errors")
-                         .attr("make_error")(static_cast<int>(status.code()), name,
-                                             std::string(status.message()), metadata);
-  PyErr_SetObject(reinterpret_cast<PyObject*>(Py_TYPE(error.ptr())), error.ptr());
-  throw nb::python_error();
-}
-
-template <typename T>
-T ValueOrRaise(absl::StatusOr<T> value) {
-  RaiseIfError(value.status());
-  return *std::move(value);
-}
-
-template <typename Message>
-nb::bytes Serialized(const Message& message) {
-  const std::string bytes = message.SerializeAsString();
-  return nb::bytes(bytes.data(), bytes.size());
-}
-
-template <typename Message>
-Message Parsed(const nb::bytes& bytes, const char* what) {
-  Message message;
-  if (!message.ParseFromArray(bytes.c_str(), static_cast<int>(bytes.size()))) {
-    RaiseIfError(Error(v1::INVALID_FIELD, std::string(what) + ": not a serialized message"));
-  }
-  return message;
-}
 
 using Array = nb::ndarray<nb::ro, nb::c_contig, nb::device::cpu>;
 
@@ -80,13 +40,6 @@ absl::Span<const std::byte> Bytes(const Array& array) {
 
 absl::Span<const float> Floats(const nb::ndarray<const float, nb::c_contig, nb::device::cpu>& a) {
   return {a.data(), a.size()};
-}
-
-// What the call returns, made without the GIL.
-template <typename Call>
-auto Released(Call call) {
-  nb::gil_scoped_release release;
-  return call();
 }
 
 // To one server, or to several as one.
@@ -147,15 +100,7 @@ class Connection {
   }
 
   // How rows that lay on GPUs went.
-  nb::dict IngestCounts() const {
-    const worker::IngestCounts counts = windows_.counts();
-    nb::dict fallbacks, dict;
-    for (const auto& [reason, count] : counts.fallbacks) fallbacks[nb::str(reason.c_str())] = count;
-    dict["window_bytes"] = counts.window_bytes;
-    dict["host_bytes"] = counts.host_bytes;
-    dict["fallbacks"] = fallbacks;
-    return dict;
-  }
+  nb::dict IngestCounts() const { return CountsDict(windows_.counts()); }
 
   // For rows on GPU `gpu`. Call it without the GIL.
   WindowWriter* WindowFor(Client* client, int gpu) {
@@ -378,6 +323,7 @@ std::vector<std::string> RankNames(const std::string& sequence,
 }  // namespace
 
 NB_MODULE(_native, m) {
+  BindEngine(m);
   m.def("rank_shards", &RankNames, nb::arg("sequence"), nb::arg("names"));
   nb::class_<Connection>(m, "Connection")
       .def(nb::init<const std::string&, const std::string&, double, const std::string&,
