@@ -109,7 +109,7 @@ memcheck() {  # memcheck TEST: of the programs
   }
 }
 
-with_package() {  # with_package SCRIPT ARGUMENT…: what takes the Python package; 77: it is not there
+with_package() {  # with_package SCRIPT ARGUMENT…: takes the Python package; 77: it is not there
   local name=$1 code=0
   shift
   say "$name"
