@@ -119,6 +119,10 @@ def test_what_does_not_fit_is_told_by_name(server):
             engine.append(0, [sequence], rows(1, 1, KV_HEADS), wide)
         with pytest.raises(ValueError, match="sequences: expected at least one"):
             engine.step(0, [], good[:0])
+        other = engine.create("refused-too", prompt_tokens=40, dtype="float32", **{**SHAPE, "query_heads": 8})
+        with pytest.raises(ValueError, match="sequences: expected the same heads"):
+            engine.step(0, [sequence, other], rows(1, 2, QUERY_HEADS))
+        engine.release(other)
         read_only = np.empty((1, QUERY_HEADS, DIM), np.float32)
         read_only.flags.writeable = False
         with pytest.raises(ValueError, match="out: it is read-only"):

@@ -57,6 +57,7 @@ class EngineSequence:
         self._kv_row = (shape.kv_heads, shape.head_dim)
         self._query_row = (shape.query_heads, shape.head_dim)
         self._dtype = _NAMES[shape.element_type]
+        self._form = (*self._query_row, shape.kv_heads, self._dtype)
 
     @property
     def proto(self) -> pb.Sequence:
@@ -217,7 +218,12 @@ class Engine:
     def _first(sequences: Sequence[EngineSequence]) -> EngineSequence:
         if not sequences:
             raise ValueError("sequences: expected at least one")
-        return sequences[0]
+        first = sequences[0]
+        for sequence in sequences:
+            if sequence._form != first._form:
+                raise ValueError("sequences: expected the same heads, head_dim and type of all, got "
+                                 f"{first._form} and {sequence._form}")
+        return first
 
     def _kv(self, sequence: EngineSequence, keys: Any, values: Any,
             rows: tuple[int | None]) -> tuple[_Memory, _Memory]:
