@@ -233,7 +233,7 @@ def main():
     parts = {"compare": compare, "measure": measure, "together": together, "beside": beside,
              "prompts": prompts, "kills": kills, "memcheck": memcheck}
     # Kernels of two processes take turns on a GPU, milliseconds each: times say nothing there.
-    timed = {"beside", "prompts", "measure", "together"} if len(names) == 1 else {}
+    timed = {"beside", "prompts", "measure", "together"} if len(names) == 1 else set()
     for what in args.only.split(",") + ["memcheck"] * args.memcheck:
         if what in timed:
             print(f"{what}: SKIPPED: both ends are on one GPU")

@@ -10,9 +10,7 @@ engine on the second if there is one; with both on one, whose kernels take turns
 import argparse
 import json
 import pathlib
-import re
 import statistics
-import subprocess
 import sys
 import time
 
@@ -24,17 +22,10 @@ except ImportError as missing:
     print(f"SKIPPED: {missing}")
     sys.exit(77)
 
+from start_server import start_server  # noqa: E402
+
 LAYERS, KV_HEADS, QUERY_HEADS, DIM = 4, 8, 32, 128
 STEPS = 24  # fewer tokens than the window: what is decoded is clustered on neither side
-
-
-def start_server(program):
-    process = subprocess.Popen([program, "--device=cuda:0", "--listen=127.0.0.1:0", "--admin_listen=127.0.0.1:0",
-                                "--arena_bytes=8GiB"], stdout=subprocess.PIPE, text=True)
-    match = re.match(r"listening on (\S+),", process.stdout.readline())
-    if match is None:
-        raise RuntimeError("the server did not start")
-    return process, match[1]
 
 
 def random_rows(seed, rows, heads, device):
@@ -158,7 +149,7 @@ def main():
     gpu = torch.cuda.device_count() - 1 and 1
     device = f"cuda:{gpu}"
     torch.cuda.set_device(gpu)
-    process, server = start_server(args.server)
+    process, server, _ = start_server(args.server, "8GiB")
     failures = []
     try:
         with Engine(server, device=device, output_type="bfloat16", links="peer,grpc", hot_tokens=256) as engine:

@@ -10,8 +10,6 @@ Exit status 1 if not; 77 if something needed is not there.
 import argparse
 import json
 import pathlib
-import re
-import subprocess
 import sys
 import tempfile
 import time
@@ -29,22 +27,14 @@ except ImportError as missing:
     print(f"SKIPPED: {missing}")
     sys.exit(77)
 
+from start_server import start_server  # noqa: E402
+
 
 class HostWriter(_native.PrefillWriter):
     """A writer that no window takes anything of."""
 
     def put_from_gpu(self, *_):
         return 0
-
-
-def start_server(program):
-    process = subprocess.Popen(
-        [program, "--device=cuda:0", "--listen=127.0.0.1:0", "--admin_listen=127.0.0.1:0",
-         "--arena_bytes=1GiB"], stdout=subprocess.PIPE, text=True)
-    match = re.match(r"listening on (\S+), admin on (\S+)", process.stdout.readline())
-    if match is None:
-        raise RuntimeError("the server did not start")
-    return process, match[1], match[2]
 
 
 def open_cache(model, server, new_tokens, by_window):
@@ -100,7 +90,7 @@ def main():
                          attn_implementation="clusterkv")
     model = LlamaForCausalLM(config).to("cuda", torch.bfloat16).eval()
     prompt = torch.randint(0, config.vocab_size, (1, args.tokens), device="cuda")
-    process, server, admin = start_server(args.server)
+    process, server, admin = start_server(args.server, "1GiB")
     stub = admin_service_pb2_grpc.AdminServiceStub(grpc.insecure_channel(admin))
     stats = lambda: stub.GetStats(admin_service_pb2.GetStatsRequest())
     try:

@@ -93,9 +93,9 @@ __global__ void FillCodes(uint16_t* to, int64_t tokens, uint64_t seed) {
   }
 }
 
+using Digest = unsigned long long;  // NOLINT(runtime/int): what atomicAdd takes
 // Adds a sum over the words that tells of each one and of its place.
-__global__ void AddDigest(const uint32_t* words, int64_t count, uint64_t seed,
-                          unsigned long long* sum) {  // NOLINT(runtime/int)
+__global__ void AddDigest(const uint32_t* words, int64_t count, uint64_t seed, Digest* sum) {
   uint64_t mine = 0;
   for (int64_t i = blockIdx.x * int64_t{blockDim.x} + threadIdx.x; i < count;
        i += int64_t{gridDim.x} * blockDim.x) {
@@ -103,7 +103,7 @@ __global__ void AddDigest(const uint32_t* words, int64_t count, uint64_t seed,
     x = (x ^ x >> 31) * 0xbf58476d1ce4e5b9ull;
     mine += x ^ x >> 29;
   }
-  atomicAdd(sum, static_cast<unsigned long long>(mine));  // NOLINT(runtime/int)
+  atomicAdd(sum, static_cast<Digest>(mine));
 }
 
 // Space for `count` elements in scattered pages.
@@ -241,8 +241,8 @@ void ckv_free() {
 
 // Of all results of what was created, after what `stream` was given before.
 uint64_t ckv_digest(cudaStream_t stream) {
-  static unsigned long long* const sum = [] {  // NOLINT(runtime/int)
-    unsigned long long* data;                  // NOLINT(runtime/int)
+  static Digest* const sum = [] {
+    Digest* data;
     BENCH_OK(cudaMalloc(&data, sizeof *data));
     return data;
   }();
@@ -251,7 +251,7 @@ uint64_t ckv_digest(cudaStream_t stream) {
     AddDigest<<<1024, 256, 0, stream>>>(static_cast<const uint32_t*>(results[i].data),
                                         results[i].bytes / 4, i, sum);
   }
-  unsigned long long host;  // NOLINT(runtime/int)
+  Digest host;
   BENCH_OK(cudaMemcpyAsync(&host, sum, sizeof host, cudaMemcpyDeviceToHost, stream));
   BENCH_OK(cudaStreamSynchronize(stream));
   return host;

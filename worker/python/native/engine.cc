@@ -8,7 +8,6 @@
 
 #include <memory>
 #include <string>
-#include <utility>
 #include <vector>
 
 #include "worker/python/native/binding.h"
@@ -31,9 +30,9 @@ struct PySequence {
 using Sequences = std::vector<PySequence*>;
 
 EngineStream StreamOf(uintptr_t stream) { return reinterpret_cast<EngineStream>(stream); }
-template <typename T>
-T* At(uintptr_t first, int64_t stride, size_t i) {
-  return reinterpret_cast<T*>(first + static_cast<uintptr_t>(stride) * i);
+// What lies `i` strides behind `first`.
+void* At(uintptr_t first, int64_t stride = 0, size_t i = 0) {
+  return reinterpret_cast<void*>(first + static_cast<uintptr_t>(stride) * i);
 }
 
 class PyEngine {
@@ -81,8 +80,8 @@ class PyEngine {
               const std::vector<float>& query_rms, uintptr_t stream) {
     Call([&] {
       return Get().Ingest(&sequence.Get(), layer, first_token, tokens,
-                          {At<void>(keys, 0, 0), At<void>(values, 0, 0), token_stride, head_stride},
-                          query_rms, StreamOf(stream));
+                          {At(keys), At(values), token_stride, head_stride}, query_rms,
+                          StreamOf(stream));
     });
   }
   void Seal(PySequence& sequence) {
@@ -97,7 +96,7 @@ class PyEngine {
               int64_t stride, int64_t head_stride, uintptr_t stream) {
     std::vector<EngineAppend> batch;
     for (size_t i = 0; i < sequences.size(); ++i) {
-      const EngineKv kv = {At<void>(keys, stride, i), At<void>(values, stride, i), 0, head_stride};
+      const EngineKv kv = {At(keys, stride, i), At(values, stride, i), 0, head_stride};
       batch.push_back({&sequences[i]->Get(), kv});
     }
     Call([&] { return Get().Append(layer, batch, StreamOf(stream)); });
@@ -106,8 +105,8 @@ class PyEngine {
             uintptr_t output, int64_t output_stride, uintptr_t stream) {
     std::vector<EngineStep> batch;
     for (size_t i = 0; i < sequences.size(); ++i) {
-      batch.push_back({&sequences[i]->Get(), At<void>(queries, query_stride, i),
-                       At<void>(output, output_stride, i)});
+      batch.push_back(
+          {&sequences[i]->Get(), At(queries, query_stride, i), At(output, output_stride, i)});
     }
     Call([&] { return Get().Step(layer, batch, StreamOf(stream)); });
   }
@@ -138,14 +137,14 @@ class PyEngine {
   }
 
  private:
-  template <typename Make>
-  void Call(const Make& call) {
+  template <typename F>
+  void Call(const F& call) {
     RaiseIfError(Released(call));
   }
   void End(PySequence& sequence, absl::Status (Engine::*how)(EngineSequence*)) {
     EngineSequence* const ended = &sequence.Get();
     sequence.sequence = nullptr;
-    RaiseIfError(Released([&] { return (engine_.get()->*how)(ended); }));
+    Call([&] { return (Get().*how)(ended); });
   }
 
   std::unique_ptr<Engine> engine_;

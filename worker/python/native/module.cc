@@ -24,8 +24,6 @@
 #include "worker/shards.h"
 #include "worker/window_writer.h"
 
-namespace nb = nanobind;
-
 namespace clusterkv::worker {
 namespace {
 
